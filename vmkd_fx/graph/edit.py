@@ -1,0 +1,107 @@
+"""Small edits that every pass needs: outputs, new submodules, replaced nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.fx import Node
+
+from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.receipt import PREFIX, Receipt
+from vmkd_fx.graph.traced import TracedModule
+
+LOGITS = "logits"
+
+
+def output_node(module: TracedModule) -> Node:
+    """The graph's output node."""
+    return next(node for node in reversed(module.graph.nodes) if node.op == "output")
+
+
+def named_outputs(module: TracedModule) -> dict[str, Node]:
+    """The outputs by name; a model that returns one bare tensor has one output, named "".
+
+    Raises:
+        ModelError: the model returns something else than a tensor or a flat dict of tensors.
+    """
+    value = output_node(module).args[0]
+    if isinstance(value, Node):
+        return {"": value}
+    if isinstance(value, Mapping) and all(isinstance(item, Node) for item in value.values()):
+        return {str(name): item for name, item in value.items() if isinstance(item, Node)}
+    raise ModelError(
+        f"{module.info.name} returns {type(value).__name__} of {value}; a student returns one tensor of "
+        "logits (for timm models: create them without features_only and without distilled training outputs)"
+    )
+
+
+def logits_node(module: TracedModule) -> Node:
+    """The node that holds the class logits."""
+    outputs = named_outputs(module)
+    return outputs[LOGITS] if LOGITS in outputs else outputs[""]
+
+
+def set_outputs(module: TracedModule, outputs: Mapping[str, Node]) -> None:
+    """Let the graph return `outputs`: the bare tensor for the single name "", else the flat dict."""
+    value = outputs[""] if set(outputs) == {""} else dict(outputs)
+    output_node(module).args = (value,)
+
+
+class Injection:
+    """Adds modules, nodes and outputs to a graph and writes the receipt while it does.
+
+    Use it on a graph of one's own (`fork`), then call `finish`.
+    """
+
+    def __init__(self, module: TracedModule, name: str, config: dict[str, object]) -> None:
+        self.module = module
+        self.name = name
+        self.config = config
+        self.before = named_outputs(module)
+        self.outputs = dict(self.before) if "" not in self.before else {LOGITS: self.before[""]}
+        self.modules: list[str] = []
+        self.nodes: list[str] = []
+
+    def call(self, path: str, submodule: nn.Module, *args: Node, after: Node) -> Node:
+        """Install `submodule` under the reserved prefix at `path` and call it right after the node
+        `after`.
+        """
+        path = f"{PREFIX}.{self.name}.{path}"
+        if any(path == name for name, _ in self.module.named_modules()):
+            raise ModelError(f"{self.module.info.name} already holds a module at {path!r}")
+        self.module.add_submodule(path, submodule)
+        with self.module.graph.inserting_after(after):
+            node = self.module.graph.call_module(path, args)
+        self.modules.append(path)
+        self.nodes.append(node.name)
+        return node
+
+    def emit(self, name: str, node: Node) -> None:
+        """Let `node` leave through the graph's output as `<pass>/<name>`."""
+        self.outputs[f"{self.name}/{name}"] = node
+
+    def finish(self) -> TracedModule:
+        """Set the outputs, keep the receipt and compile."""
+        set_outputs(self.module, self.outputs)
+        order = {node.name: index for index, node in enumerate(self.module.graph.nodes)}
+        receipt = Receipt(
+            self.name,
+            self.config,
+            tuple(self.modules),
+            tuple(sorted(self.nodes, key=order.__getitem__)),
+            {name: node.name for name, node in self.before.items()},
+            {name: node.name for name, node in self.outputs.items()},
+        )
+        self.module.meta["receipts"] = (*self.module.receipts, receipt)
+        self.module.graph.lint()
+        self.module.recompile()
+        return self.module
+
+
+def owner(node: Node) -> str:
+    """Path of the module whose forward holds the node; "" for the root."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if node.op == "call_module" and stack:
+        stack = stack[:-1]
+    return str(stack[-1][0]) if stack else ""

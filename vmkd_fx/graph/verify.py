@@ -1,0 +1,104 @@
+"""Proof that a rewritten graph computes what the graph before computed.
+
+The check runs both graphs in float64 on random images, with norm weights, biases and running statistics made
+random first: a fresh LayerNorm has weight one and bias zero and would hide a wrong merge.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from vmkd_fx.errors import VerificationError
+from vmkd_fx.graph.edit import LOGITS
+from vmkd_fx.graph.traced import TracedModule
+
+TOLERANCE = 1e-12
+"""Relative, in float64: rounding of a few hundred operations, each good to 1e-16."""
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+_SHIFTS = ("bias", "beta", "running_mean")
+
+
+def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of `before`; infinite where either is not
+    finite.
+    """
+    if before.shape != after.shape or not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
+        return float("inf")
+    scale = float(before.abs().max())
+    difference = float((before - after).abs().max())
+    return difference / scale if scale else difference
+
+
+def probe_images(module: TracedModule, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    """Random images (B, C, H, W) of the model's size and dtype."""
+    reference = next(module.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, *module.info.need_input_size(), generator=generator, dtype=torch.float64)
+    return images.to(reference)
+
+
+def randomise_(module: AnyModule, seed: int = 0) -> AnyModule:
+    """Give every per-channel scale, shift and running statistic a random value, in place.
+
+    Scales and variances are uniform in (0.6, 1.4), shifts and means normal with deviation 0.3. Matrices and
+    kernels stay, for noise in them makes deep networks overflow; only those that are all zero, as fresh heads
+    often are, become random of deviation one over the root of the fan-in, for behind a zero nothing can be
+    seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if tensor.numel() != max(tensor.shape, default=0):
+                if not bool(tensor.any()):
+                    tensor.copy_(normal(tensor) / tensor[0].numel() ** 0.5)
+            elif name.rpartition(".")[2] in _SHIFTS:
+                tensor.copy_(0.3 * normal(tensor))
+            else:
+                tensor.copy_(0.6 + 0.8 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def outputs_of(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All outputs in eval mode by name, a bare tensor as "logits"; the module's own modes stay as they
+    are.
+    """
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            output = module(images)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return output if isinstance(output, dict) else {LOGITS: output}
+
+
+def logits_of(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits in eval mode."""
+    return outputs_of(module, images)[LOGITS]
+
+
+def check_equal(before: torch.Tensor, after: torch.Tensor, tolerance: float, what: str) -> float:
+    """The relative error of `after`, or an error if it is above `tolerance`.
+
+    Raises:
+        VerificationError: names what was rewritten, the error and the bound.
+    """
+    error = relative_error(before, after)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"{what}: the rewritten graph differs from the one before by {error:.3g} relative, "
+            f"and at most {tolerance:.3g} is allowed; nothing was changed in the model that was given"
+        )
+    return error
