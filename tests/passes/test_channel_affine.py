@@ -1,0 +1,245 @@
+"""Channel affines melt into the weights beside them, and what cannot melt is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vmkd_fx as vx
+from tests.models import FoldableNet, small
+from vmkd_fx.errors import VerificationError
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.verify import logits_of, probe_images, randomise_, relative_error
+from vmkd_fx.passes.evaluation import specialise_to_evaluation
+from vmkd_fx.passes.fold import absorb, channel_affine
+from vmkd_fx.passes.fold.absorb import scale_columns, scale_rows
+from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
+from vmkd_fx.passes.record import Record
+
+
+def prepared(model: nn.Module) -> TracedModule:
+    """A private float64 copy with random parameters, specialised to evaluation."""
+    size = getattr(model, "input_size", None) or (3, 32, 32)
+    module = randomise_(vx.trace(model, copy=True, input_size=size).double())
+    return specialise_to_evaluation(module)[0]
+
+
+def folded(model: nn.Module) -> tuple[float, TracedModule, Record]:
+    module = prepared(model)
+    before = logits_of(module, probe_images(module))
+    result, record = fold_channel_affines(module)
+    return relative_error(before, logits_of(result, probe_images(result))), result, record
+
+
+def affine_nodes(module: TracedModule) -> list[str]:
+    return [n.name for n in module.graph.nodes if n.name.startswith(("mul", "addcmul", "sub", "bn"))]
+
+
+def test_everything_in_the_net_folds() -> None:
+    error, module, record = folded(FoldableNet())
+    assert record.matched == 4, (
+        "BatchNorm, RIFormer's affine, the scale behind LayerNorm, the Affine before the head"
+    )
+    assert not record.refused
+    assert not affine_nodes(module)
+    assert 0 < error < 1e-12
+
+
+def test_riformers_block_keeps_its_norm_and_loses_its_affine() -> None:
+    """GN(x; g, b), s n + t - n  =  GN(x; g (s - 1), b (s - 1) + t)  (RIFormer Eq. 4)."""
+    model = FoldableNet().double()
+    weight, bias = model.block.norm1.weight.detach(), model.block.norm1.bias.detach()
+    scale, shift = model.block.scale.detach(), model.block.shift.detach()
+    nn.init.normal_(weight)
+    nn.init.normal_(bias)
+    module = specialise_to_evaluation(vx.trace(model, copy=True, input_size=(3, 32, 32)))[0]
+    merged, _ = fold_channel_affines(module)
+    norm = merged.get_submodule("block.norm1")
+    torch.testing.assert_close(norm.weight, weight * (scale - 1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(norm.bias, bias * (scale - 1) + shift, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "matched"), [("resnet10t", 14), ("convnext_atto", 12), ("deit3_small_patch16_224", 24)]
+)
+def test_real_models(name: str, matched: int) -> None:
+    model = timm.create_model(name, num_classes=10)
+    model.input_size = (3, 224, 224) if "deit" in name else (3, 64, 64)
+    error, _, record = folded(model)
+    assert record.matched == matched
+    assert error < 1e-12
+
+
+def test_resmlp_folds_before_and_behind() -> None:
+    error, _, record = folded(small("resmlp"))
+    assert record.matched == 4
+    assert record.detail == "2 into the layer before, 2 into the layer behind"
+    assert error < 1e-12
+    assert any("read by other nodes" in refusal.reason for refusal in record.refused)
+
+
+def test_it_is_idempotent() -> None:
+    _, module, _ = folded(FoldableNet())
+    code, state = module.code, {name: value.clone() for name, value in module.state_dict().items()}
+    again, record = fold_channel_affines(module)
+    assert record.matched == 0
+    assert again.code == code
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+class Twice(nn.Module):
+    """One convolution called twice, a BatchNorm behind each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.bn1(self.conv(x)))
+        return self.head(torch.relu(self.bn2(self.conv(x))).mean((2, 3)))
+
+
+class Tied(Twice):
+    """Two convolutions that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(4, 4, 3, padding=1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.bn2(self.other(x))).mean((2, 3)))
+
+
+class Tapped(Twice):
+    """The convolution's result is read beside the BatchNorm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(torch.relu(self.stem(x)))
+        return self.head((torch.relu(self.bn1(y)) + torch.relu(y)).mean((2, 3)))
+
+
+class Padded(Twice):
+    """A shift in front of zero padding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.conv(self.bn1(torch.relu(self.stem(x))))).mean((2, 3)))
+
+
+class WrongAxis(nn.Module):
+    """A scale of the tokens, not of the channels, behind a Linear with as many of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.linear = nn.Linear(16, 16)
+        self.scale = nn.Parameter(torch.rand(1, 16, 1) + 0.5)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.stem(x).flatten(2).transpose(1, 2)) * self.scale
+        return self.head(torch.tanh(x).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Twice, "the weights of conv are used 2 times"),
+        (Tied, "used 2 times"),
+        (Tapped, "conv before it is read by other nodes too"),
+        (Padded, "conv pads with zeros"),
+        (WrongAxis, "channels of linear are on another axis"),
+    ],
+)
+def test_traps_are_refused_with_the_reason(make: Callable[[], nn.Module], reason: str) -> None:
+    error, _, record = folded(make())
+    assert record.matched == 0
+    assert any(reason in refusal.reason for refusal in record.refused)
+    assert error == 0
+
+
+def test_a_scale_may_cross_zero_padding() -> None:
+    class Scaled(Padded):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.stem(x)) * self.bn1.weight.view(1, -1, 1, 1)
+            return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+    error, _, record = folded(Scaled())
+    assert (record.matched, record.detail) == (1, "0 into the layer before, 1 into the layer behind")
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_columns_of_a_convolution_in_groups(groups: int) -> None:
+    conv = nn.Conv2d(8, 12, 3, groups=groups, dtype=torch.float64)
+    scale, shift = torch.rand(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    x = torch.randn(2, 8, 7, 7, dtype=torch.float64)
+    expected = conv(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1))
+    weight, bias = scale_columns(conv.weight, conv.bias, scale, shift, groups)
+    torch.testing.assert_close(torch.conv2d(x, weight, bias, groups=groups), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 4, 3, 3)])
+def test_rows_without_a_bias(shape: tuple[int, ...]) -> None:
+    weight, scale, shift = torch.randn(shape), torch.rand(6), torch.randn(6)
+    new_weight, new_bias = scale_rows(weight, None, scale, shift)
+    assert torch.equal(new_weight, weight * scale.view(-1, *[1] * (len(shape) - 1)))
+    assert torch.equal(new_bias, shift)
+
+
+CORRUPTIONS = {
+    "dropped bias": lambda w, b: (w, torch.zeros_like(b)),
+    "flipped sign": lambda w, b: (w, -b),
+    "flipped scale": lambda w, b: (-w, b),
+    "one percent": lambda w, b: (w * 1.01, b),
+    "wrong axis": lambda w, b: (w.flip(0), b),
+}
+
+
+@pytest.mark.parametrize("rewrite", ["scale_rows", "scale_columns"])
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_verifier_catches_a_corrupted_rewrite(
+    monkeypatch: pytest.MonkeyPatch, rewrite: str, corruption: str
+) -> None:
+    original, corrupt = getattr(absorb, rewrite), CORRUPTIONS[corruption]
+    monkeypatch.setattr(absorb, rewrite, lambda *args: corrupt(*original(*args)))
+    model = vx.trace(_renamed(FoldableNet()), input_size=(3, 32, 32))
+    with pytest.raises(VerificationError, match="pass channel_affine"):
+        vx.lower(model)
+
+
+def test_the_verifier_catches_an_affine_that_is_only_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_affine, "_absorb", lambda *_: ("behind", ""))
+    with pytest.raises(VerificationError, match="pass channel_affine"):
+        vx.lower(vx.trace(FoldableNet(), input_size=(3, 32, 32)))
+
+
+def _renamed(model: nn.Module) -> nn.Module:
+    """The same model whose own classes are all called something else."""
+    for part in model.modules():
+        if not type(part).__module__.startswith("torch.nn"):
+            part.__class__ = type("X", (type(part),), {})
+    return model
+
+
+def test_renamed_classes_fold_the_same() -> None:
+    plain, renamed = folded(FoldableNet()), folded(_renamed(FoldableNet()))
+    assert plain[2].matched == renamed[2].matched
+
+
+def test_the_source_is_left_alone() -> None:
+    model = FoldableNet()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    vx.lower(vx.trace(model, input_size=(3, 32, 32)))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training

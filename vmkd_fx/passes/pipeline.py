@@ -1,0 +1,172 @@
+"""`strip`, `lower` and `ledger`: from the graph that trained to the graph that is deployed, each step proved
+on its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vmkd_fx.errors import UnknownNameError
+from vmkd_fx.graph.edit import LOGITS
+from vmkd_fx.graph.receipt import undo
+from vmkd_fx.graph.shapes import multiply_adds, parameter_count
+from vmkd_fx.graph.trace import trace
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images, randomise_
+from vmkd_fx.passes.evaluation import specialise_to_evaluation
+from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
+from vmkd_fx.passes.record import LoweringPass, Record
+from vmkd_fx.passes.std_tokens import keep_as_prediction
+from vmkd_fx.steps import Ledger, Step
+from vmkd_fx.target import parse_target
+
+LOWERING: tuple[tuple[str, LoweringPass], ...] = (
+    ("evaluation", specialise_to_evaluation),
+    ("channel_affine", fold_channel_affines),
+)
+"""The passes of `lower`, in their order."""
+
+PREDICTIONS = ("class", "mean", "dist")
+
+
+def strip(model: Any, predict: str = "class", *, copy: bool = False) -> TracedModule:
+    """Take out what training added.
+
+    Args:
+        model: a task, a traced module or a plain model.
+        predict: what the result returns (STD table 6): "class", the student's own head, and then its state
+            dict is the plain student's; "dist", the mean of the distillation heads; "mean", the average of
+            the two.
+        copy: give the result parameters of its own.
+
+    Raises:
+        ReceiptError: the graph no longer agrees with the receipts of its passes.
+        MatchError: there are no distillation heads to predict from.
+    """
+    if predict not in PREDICTIONS:
+        raise UnknownNameError("prediction", predict, PREDICTIONS)
+    module = trace(model, copy=copy)
+    if predict != "class":
+        return keep_as_prediction(module, predict)
+    while module.receipts:
+        undo(module)
+    return module
+
+
+def lower(
+    model: Any,
+    target: str = "onnxruntime",
+    *,
+    predict: str = "class",
+    evaluate: Callable[[nn.Module], float] | None = None,
+) -> TracedModule:
+    """Strip, merge, lower and verify; the result computes the same logits with less.
+
+    Args:
+        model: a task, a traced module or a plain model; it is left as it was.
+        target: "torch", "onnxruntime", "tensorrt" or "tensorrt-rtx", with a list of compute capabilities
+            where that applies.
+        predict: "class", "mean" or "dist", as for `strip`.
+        evaluate: module to accuracy, on held-out images; the ledger then holds the accuracy of every
+            prediction.
+
+    Returns:
+        A graph with parameters of its own, in eval mode and the model's dtype; `ledger(result)` tells what
+        happened.
+
+    Raises:
+        VerificationError: a pass changed the function by more than it may.
+    """
+    parse_target(target)
+    training = trace(model)
+    source = strip(training, predict, copy=True).eval()
+    steps = [_measured(Step("training graph", training.info.name), training)]
+    if training.receipts:
+        steps.append(_measured(_check_strip(training, source, predict), source))
+    lowered, passed = _run_passes(source)
+    accuracy = _accuracies(training, evaluate) if evaluate else {}
+    lowered.meta["ledger"] = Ledger((*steps, *passed), accuracy)
+    return lowered
+
+
+def ledger(model: Any) -> Ledger:
+    """What lowering did to this model, step by step; print it for a table."""
+    return trace(model).ledger
+
+
+def _run_passes(source: TracedModule) -> tuple[TracedModule, list[Step]]:
+    """Run the pipeline in float64 on the model and, for the proof of each pass, on a twin with random
+    parameters.
+    """
+    dtype = next((p.dtype for p in source.parameters() if p.is_floating_point()), torch.float32)
+    work = deepcopy(source).double()
+    twin = randomise_(deepcopy(work))
+    images = probe_images(work)
+    expected, twin_before = logits_of(work, images), logits_of(twin, images)
+    steps = []
+    for name, lowering_pass in LOWERING:
+        work, record = lowering_pass(work)
+        twin, _ = lowering_pass(twin)
+        error = None
+        if record.matched:
+            twin_after = logits_of(twin, images)
+            error = check_equal(twin_before, twin_after, TOLERANCE, f"pass {name} on {source.info.name}")
+            twin_before = twin_after
+        steps.append(_measured(_pass_step(name, record, error), work))
+    error = check_equal(expected, logits_of(work, images), TOLERANCE, f"lowering {source.info.name}")
+    total = Step(
+        "lowered",
+        "all passes, the model's own parameters",
+        error=error,
+        tolerance=TOLERANCE,
+        checked="float64",
+    )
+    work.to(dtype).eval()
+    return work, [*steps, _measured(total, work)]
+
+
+def _pass_step(name: str, record: Record, error: float | None) -> Step:
+    checked = "float64, randomised parameters" if error is not None else "unchanged"
+    tolerance = None if error is None else TOLERANCE
+    return Step(
+        name, record.detail, record.matched, record.refused, error=error, tolerance=tolerance, checked=checked
+    )
+
+
+def _check_strip(training: TracedModule, stripped: TracedModule, predict: str) -> Step:
+    """Stripping is exact: bit for bit for the class head, and up to rounding for an average of heads."""
+    images = probe_images(training)
+    outputs = outputs_of(training, images)
+    heads = [value for name, value in outputs.items() if name.startswith("std/")]
+    expected = outputs[LOGITS]
+    if predict != "class":
+        expected = torch.stack(heads).mean(0)
+    if predict == "mean":
+        expected = (expected + outputs[LOGITS]) / 2
+    tolerance = 0.0 if predict == "class" else 1e-6
+    error = check_equal(expected, logits_of(stripped, images), tolerance, f"stripping {training.info.name}")
+    taken = ", ".join(receipt.name for receipt in training.receipts)
+    kept = "" if predict == "class" else f", kept as the prediction {predict!r}"
+    return Step(
+        "strip", f"{taken}{kept}", len(training.receipts), error=error, tolerance=tolerance, checked="float32"
+    )
+
+
+def _accuracies(training: TracedModule, evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
+    has_heads = any(receipt.name == "std" for receipt in training.receipts)
+    predictions = PREDICTIONS if has_heads else PREDICTIONS[:1]
+    return {predict: float(evaluate(strip(training, predict).eval())) for predict in predictions}
+
+
+def _measured(step: Step, module: TracedModule) -> Step:
+    size = module.info.need_input_size()
+    nodes = len(module.graph.nodes)
+    return replace(
+        step, nodes=nodes, parameters=parameter_count(module), multiply_adds=multiply_adds(module, size)
+    )
