@@ -1,0 +1,169 @@
+"""The card of a trained student: everything that is needed to build it again around its weights.
+
+It travels in the metadata of the weights file, so that `vmkd deploy` needs that one file.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from vmkd_fx.distill.checkpoint import load_state, load_weights, read_metadata, read_weights
+from vmkd_fx.distill.data import ImageData
+from vmkd_fx.distill.methods import Method, resolve
+from vmkd_fx.distill.recipe import MethodConfig, ModelConfig, Recipe
+from vmkd_fx.errors import CheckpointError, RecipeError, UnknownNameError
+from vmkd_fx.graph.info import model_info
+from vmkd_fx.graph.trace import trace
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.models import register
+from vmkd_fx.passes.std_tokens import inject_std_tokens
+
+KEY = "card"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a student is and what it was trained on.
+
+    Attributes:
+        model, options: name and keyword arguments for `timm.create_model`.
+        method: preset and changed settings of the distillation, None without one.
+        teachers: how many there were.
+        input_size, mean, std: of the images, (C, H, W) and one value a channel.
+        labels: names of the classes, in the order of the logits; empty where nobody named them.
+        data: the data set it was trained on, as `open_data` takes it; None where unknown.
+    """
+
+    model: str
+    options: dict[str, Any]
+    method: dict[str, Any] | None
+    teachers: int
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    labels: tuple[str, ...]
+    data: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Card:
+        """The inverse of `to_json`."""
+        lists = ("input_size", "mean", "std", "labels")
+        return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
+
+    def create(self) -> nn.Module:
+        """The student with fresh weights."""
+        return self.dress(create_model(ModelConfig(model=self.model, options=self.options)))
+
+    def dress(self, model: nn.Module) -> nn.Module:
+        """Note image size and normalisation where timm keeps them; returns the model."""
+        config = dict(getattr(model, "pretrained_cfg", None) or {})
+        images = {"input_size": self.input_size, "mean": self.mean, "std": self.std, "crop_pct": 1.0}
+        model.pretrained_cfg = {**config, **images}  # type: ignore[assignment]
+        return model
+
+    def inject(self, student: nn.Module) -> TracedModule:
+        """The student as it was trained: traced, with what its method injects."""
+        module = trace(student)
+        method = self.resolved_method()
+        return (
+            inject_std_tokens(module, method.std_config(self.teachers))
+            if method and method.tokens
+            else module
+        )
+
+    def resolved_method(self) -> Method | None:
+        """The method with its settings."""
+        if self.method is None:
+            return None
+        config = MethodConfig.model_validate(self.method)
+        return resolve(config.preset, config.overrides)
+
+
+def make_card(recipe: Recipe, data: ImageData) -> Card:
+    """The card of the student that `recipe` trains on `data`."""
+    return Card(
+        model=recipe.student.model,
+        options={"num_classes": data.num_classes, **recipe.student.options},
+        method=None if recipe.method is None else recipe.method.model_dump(mode="json"),
+        teachers=len(recipe.teachers),
+        input_size=data.input_size,
+        mean=data.mean,
+        std=data.std,
+        labels=data.labels,
+        data=recipe.data.model_dump(mode="json"),
+    )
+
+
+def card_for(model: str, options: dict[str, Any]) -> Card:
+    """The card of a plain timm model, for weights by someone else: images as timm prepares them for it."""
+    info = model_info(create_model(ModelConfig(model=model, options=options)))
+    return Card(model, options, None, 0, info.need_input_size(), info.mean, info.std, (), None)
+
+
+def create_model(config: ModelConfig) -> nn.Module:
+    """`timm.create_model` with its refusals in our words, and with the checkpoint loaded if one is named.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+        RecipeError: the model takes no such options.
+        CheckpointError: the checkpoint is of another model.
+    """
+    register()
+    if not timm.is_model(config.model):
+        raise UnknownNameError("timm model", config.model, timm.list_models())
+    try:
+        model = timm.create_model(config.model, **config.options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise RecipeError(
+            f"timm cannot create {config.model!r} with options {config.options}: {error}"
+        ) from error
+    if config.checkpoint is not None:
+        load_weights(model, config.checkpoint, drop_prefix=True)
+        if (card := read_card(config.checkpoint)) is not None:
+            card.dress(model)
+    return model
+
+
+def read_card(path: str | os.PathLike[str]) -> Card | None:
+    """The card in a weights file; None in a file by someone else.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its card is damaged.
+    """
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    data = read_metadata(path).get(KEY)
+    try:
+        return None if data is None else Card.from_json(data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"the card in {path} is damaged: {error}") from error
+
+
+def restore(path: str | os.PathLike[str], card: Card | None = None) -> tuple[TracedModule, Card]:
+    """The student of a weights file as it was trained, distillation heads and all, and its card.
+
+    Args:
+        path: safetensors, or any file that timm's loader reads.
+        card: for a file that has none.
+
+    Raises:
+        CheckpointError: the file has no card and none is given, or belongs to another model.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no weights file {path}")
+    card = card or read_card(path)
+    if card is None:
+        raise CheckpointError(f"{path} does not say which model it belongs to; name it: --model NAME")
+    module = card.inject(card.create())
+    load_state(module, read_weights(path), str(path))
+    return module, card

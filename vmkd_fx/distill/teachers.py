@@ -1,0 +1,111 @@
+"""Teachers: frozen, in eval mode, fed with images as they know them. What the user gives keeps its own mode
+and flags.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.task import DistillationTeacher
+from torch import nn
+
+from vmkd_fx.errors import ModelError, UnknownNameError
+from vmkd_fx.graph.info import ModelInfo, model_info
+from vmkd_fx.graph.shapes import class_count
+from vmkd_fx.graph.share import shared_view, unwrapped
+
+_logger = logging.getLogger(__name__)
+
+
+class Teacher(nn.Module):
+    """One teacher: images normalised for the student in, logits (B, C) out, without gradients.
+
+    Args:
+        model: the teacher; its parameters are used where they are, its modes are left alone.
+        student: what the student says about itself; mean, standard deviation and image size may differ from
+            the teacher's.
+    """
+
+    def __init__(self, model: nn.Module, student: ModelInfo) -> None:
+        super().__init__()
+        self.info = model_info(model)
+        self.normaliser = DistillationTeacher(shared_view(unwrapped(model)))
+        reference = next(model.parameters(), torch.empty(0))
+        for name, values in (("student_mean", student.mean), ("student_std", student.std)):
+            vector = torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
+            self.register_buffer(name, vector, persistent=False)
+        self.normaliser.to(reference)
+        self.resize = self._resize(student)
+
+    def _resize(self, student: ModelInfo) -> tuple[int, int] | None:
+        own, theirs = self.info.input_size, student.input_size
+        if not self.info.fixed_input_size or own is None or theirs is None or own[1:] == theirs[1:]:
+            return None
+        _logger.info(
+            "teacher %s takes %s only: the student's %s images are resized for it",
+            self.info.name,
+            own,
+            theirs,
+        )
+        return own[1], own[2]
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = self.normaliser.normalize_input(images.detach(), self.student_mean, self.student_std)
+        if self.resize:
+            images = F.interpolate(images, self.resize, mode="bicubic", antialias=True)
+        return self.normaliser(images)
+
+
+def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int) -> nn.ModuleList:
+    """Teachers from modules or from names of timm models with published weights.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+        ModelError: a teacher knows other classes than the student, or its published weights cannot be had.
+    """
+    return nn.ModuleList(
+        Teacher(_teacher_module(teacher, student, num_classes), student) for teacher in teachers
+    )
+
+
+def _teacher_module(teacher: str | nn.Module, student: ModelInfo, num_classes: int) -> nn.Module:
+    if isinstance(teacher, str):
+        return _published(teacher, student, num_classes)
+    if not isinstance(teacher, nn.Module):
+        raise ModelError(f"a teacher is a module or the name of a timm model, got {type(teacher).__name__}")
+    info = model_info(teacher)
+    count = info.num_classes or class_count(teacher, info.input_size or student.need_input_size())
+    _check_classes(info.name, count, student.name, num_classes)
+    return teacher
+
+
+def _published(name: str, student: ModelInfo, num_classes: int) -> nn.Module:
+    if not timm.is_model(name.split(".")[0]):
+        raise UnknownNameError("timm model", name, timm.list_models(), where="teacher")
+    config = timm.get_pretrained_cfg(name)
+    if config is not None:
+        _check_classes(name, config.num_classes, student.name, num_classes)
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise ModelError(
+            f"teacher {name!r}: its published weights cannot be loaded ({type(error).__name__}: {error}); "
+            "pass a module that holds weights, or in a recipe give the teacher a checkpoint"
+        ) from error
+
+
+def _check_classes(teacher: str, count: int, student: str, num_classes: int) -> None:
+    if count != num_classes:
+        raise ModelError(
+            f"teacher {teacher} knows {count} classes and student {student} {num_classes}; "
+            f"create the student with num_classes={count}, or train a teacher on the student's classes"
+        )

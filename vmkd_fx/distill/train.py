@@ -1,0 +1,71 @@
+"""`train`: a recipe from its models to its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from timm.task import ClassificationTask, TrainingTask
+from torch import nn
+
+from vmkd_fx.distill.card import KEY, create_model, make_card
+from vmkd_fx.distill.data import ImageData, open_data
+from vmkd_fx.distill.recipe import ModelConfig, Recipe
+from vmkd_fx.distill.run_folder import TrainResult
+from vmkd_fx.distill.trainer import fit
+from vmkd_fx.distill.wrap import wrap
+from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.shapes import class_count
+
+_logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> TrainResult:
+    """Train what the recipe describes, or go on where its folder says that it stands.
+
+    Raises:
+        VmkdError: models, teachers, data and method do not fit together, which is said before the first step.
+    """
+    data = open_data(**recipe.data.model_dump())
+    torch.manual_seed(recipe.train.seed)
+    return fit(
+        make_task(recipe, data),
+        data,
+        recipe.train,
+        recipe.out,
+        digest=recipe.digest(),
+        name=recipe.student.model,
+        about={KEY: make_card(recipe, data).to_json()},
+        resume=resume,
+        progress=progress,
+    )
+
+
+def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
+    """The training task of a recipe: timm's own without a method, ours with one.
+
+    Raises:
+        ModelError: student or teachers know other classes than the data, or take images of another size.
+    """
+    student = make_card(recipe, data).dress(_create(recipe.student, data))
+    _check_classes(recipe.student.model, student, data)
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
+    if recipe.method is None:
+        return ClassificationTask(student, criterion=criterion, verbose=False)
+    teachers = [_create(teacher, data) for teacher in recipe.teachers]
+    method = recipe.method
+    return wrap(student, method.preset, teachers, criterion=criterion, **method.overrides)
+
+
+def _create(config: ModelConfig, data: ImageData) -> nn.Module:
+    options = {"num_classes": data.num_classes, **config.options}
+    return create_model(config.model_copy(update={"options": options}))
+
+
+def _check_classes(name: str, student: nn.Module, data: ImageData) -> None:
+    count = class_count(student, data.input_size)
+    if count != data.num_classes:
+        raise ModelError(
+            f"student {name} knows {count} classes and the data set {data.name} has {data.num_classes}; "
+            f"leave num_classes out of its options, or set it to {data.num_classes}"
+        )
