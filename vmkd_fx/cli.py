@@ -1,0 +1,211 @@
+"""The command `vmkd`: one sub-command a verb. It parses, calls the verb and prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vmkd_fx import __version__
+from vmkd_fx.errors import RecipeError, VmkdError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for a refusal, 130 for an interruption."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
+    try:
+        parsed.run(parsed)
+    except VmkdError as error:
+        print(f"vmkd {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vmkd {parsed.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (nobody reads on: end without a word)
+    return 0
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("torch", "train", "the demo")
+    from vmkd_fx.demo import demo
+
+    demo(parsed.out, seed=parsed.seed)
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("timm", "train", "inspecting a model")
+    from vmkd_fx.distill.card import create_model
+    from vmkd_fx.distill.recipe import ModelConfig
+    from vmkd_fx.graph.anatomy import anatomy
+    from vmkd_fx.graph.shapes import multiply_adds, parameter_count
+    from vmkd_fx.graph.trace import trace
+
+    module = trace(create_model(ModelConfig(model=parsed.model, options=_options(parsed.option))))
+    size = module.info.need_input_size()
+    print(anatomy(module))
+    print(f"{parameter_count(module):,} parameters, {multiply_adds(module, size):,} multiply-adds at {size}")
+    for closed in module.closed:
+        print(f"closed: {closed.path}: {closed.reason}")
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("torch", "train", "training")
+    from vmkd_fx.distill.recipe import load_recipe
+    from vmkd_fx.distill.train import train
+
+    recipe = load_recipe(parsed.recipe, parsed.override)
+    result = train(recipe, resume=not parsed.restart)
+    average = "" if result.ema_accuracy is None else f", averaged weights {100 * result.ema_accuracy:.2f} %"
+    print(f"accuracy {100 * result.accuracy:.2f} %{average} after {result.steps} steps: {result.weights}")
+
+
+def _deploy(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("torch", "train", "deploying a checkpoint")
+    from vmkd_fx.deploy.bundle import read_bundle
+    from vmkd_fx.deploy.pipeline import deploy
+    from vmkd_fx.distill.card import card_for, restore
+    from vmkd_fx.distill.evaluate import evaluator
+
+    given = card_for(parsed.model, _options(parsed.option)) if parsed.model else None
+    student, card = restore(parsed.checkpoint, given)
+    out = deploy(
+        student,
+        parsed.out,
+        target=parsed.target,
+        predict=parsed.predict,
+        labels=card.labels,
+        evaluate=evaluator(card),
+        dynamic_batch=not parsed.fixed_batch,
+    )
+    print(read_bundle(out).manifest.ledger)
+    print(f"bundle: {out}")
+
+
+def _build(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.deploy.engine import build
+
+    print(build(parsed.source, parsed.out, target=parsed.target).detail)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.deploy.runtime import load
+
+    runner = load(parsed.bundle, device=parsed.device)
+    print(f"{runner.backend}: {runner.why}", file=sys.stderr)
+    for image, guesses in zip(parsed.images, runner.classify(parsed.images, parsed.top), strict=True):
+        print(f"{image}: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in guesses))
+
+
+def _options(assignments: Sequence[str]) -> dict[str, Any]:
+    """`img_size=64` and its like as keyword arguments, each value read as YAML."""
+    import yaml
+
+    options = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.isidentifier():
+            raise RecipeError(f"--option {assignment!r}: write it as name=value, for example img_size=64")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--option {assignment!r}: {value!r} is no value: {error}") from error
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vmkd",
+        description="From the graph that trains well to the graph that deploys well.",
+    )
+    parser.add_argument("--version", action="version", version=f"vmkd-fx {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example: {example}",
+        )
+        made.set_defaults(run=run)
+        return made
+
+    demo = verb("demo", _demo, "the whole way on handwritten digits", "vmkd demo --out demo-out")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default: 0)")
+
+    inspect = verb("inspect", _inspect, "print a model's anatomy", "vmkd inspect mixer_s16_224")
+    inspect.add_argument("model", metavar="MODEL", help="name of a timm model")
+    _add_options(inspect)
+
+    train = verb("train", _train, "train a recipe, or go on with it", "vmkd train std.yaml train.epochs=50")
+    train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    train.add_argument("override", metavar="KEY=VALUE", nargs="*", help="change the recipe: train.lr=0.002")
+    train.add_argument("--restart", action="store_true", help="remove an earlier training first")
+
+    deploy = verb(
+        "deploy",
+        _deploy,
+        "make a bundle of trained weights",
+        "vmkd deploy runs/std/last.safetensors --target tensorrt-rtx:sm86,sm89 --out bundle",
+    )
+    deploy.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    deploy.add_argument("--out", type=Path, default=Path("bundle"), help="folder (default: bundle)")
+    _add_target(deploy, default="onnxruntime")
+    deploy.add_argument("--predict", default="class", metavar="HEAD", help="class (default), mean or dist")
+    deploy.add_argument("--fixed-batch", action="store_true", help="one image at a time")
+    deploy.add_argument("--model", help="name of the timm model, for weights that do not say")
+    _add_options(deploy)
+
+    build = verb(
+        "build",
+        _build,
+        "build an engine into a bundle, or beside an ONNX file",
+        "vmkd build bundle --target tensorrt-rtx:sm89",
+    )
+    build.add_argument("source", metavar="BUNDLE", type=Path, help="a bundle or an ONNX file")
+    build.add_argument("--out", type=Path, help="engine file, for an ONNX file only")
+    _add_target(build, default=None)
+
+    run = verb("run", _run, "classify images with a bundle", "vmkd run bundle photo.jpg")
+    run.add_argument("bundle", metavar="BUNDLE", type=Path)
+    run.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    run.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    run.add_argument("--device", default="auto", help="auto (default), gpu or cpu")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the timm model: img_size=64",
+    )
+
+
+def _add_target(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--target",
+        required=default is None,
+        default=default,
+        metavar="T",
+        help="onnxruntime, tensorrt, tensorrt-rtx, with GPUs: tensorrt-rtx:sm86,sm89"
+        + (f" (default: {default})" if default else ""),
+    )
