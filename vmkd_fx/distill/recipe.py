@@ -195,7 +195,9 @@ def _check_names(recipe: Recipe, source: Source) -> None:
         require(name, extra="train", purpose="reading a recipe") for name in ("timm", "timm.optim")
     )
     from vmkd_fx.distill.data import DATASETS
+    from vmkd_fx.models import register
 
+    register()
     models: list[tuple[Keys, str]] = [(("student", "model"), recipe.student.model)]
     models += [(("teachers", place, "model"), teacher.model) for place, teacher in enumerate(recipe.teachers)]
     for keys, name in models:

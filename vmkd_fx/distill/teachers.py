@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import timm
 import torch
 import torch.nn.functional as F
-from timm.task import DistillationTeacher
 from torch import nn
 
 from vmkd_fx.errors import ModelError, UnknownNameError
@@ -30,15 +29,22 @@ class Teacher(nn.Module):
             the teacher's.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, model: nn.Module, student: ModelInfo) -> None:
         super().__init__()
         self.info = model_info(model)
-        self.normaliser = DistillationTeacher(shared_view(unwrapped(model)))
+        self.model = shared_view(unwrapped(model)).eval()
         reference = next(model.parameters(), torch.empty(0))
-        for name, values in (("student_mean", student.mean), ("student_std", student.std)):
-            vector = torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
-            self.register_buffer(name, vector, persistent=False)
-        self.normaliser.to(reference)
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
+            for values in (self.info.mean, self.info.std, student.mean, student.std)
+        )
+        # (pixel - mean) / std for the student becomes (pixel - own_mean) / own_std in one product and sum.
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        self.same_normalisation = (self.info.mean, self.info.std) == (student.mean, student.std)
         self.resize = self._resize(student)
 
     def _resize(self, student: ModelInfo) -> tuple[int, int] | None:
@@ -59,10 +65,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = self.normaliser.normalize_input(images.detach(), self.student_mean, self.student_std)
+        if not self.same_normalisation:
+            images = images * self.scale + self.shift
         if self.resize:
             images = F.interpolate(images, self.resize, mode="bicubic", antialias=True)
-        return self.normaliser(images)
+        return self.model(images)
 
 
 def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int) -> nn.ModuleList:

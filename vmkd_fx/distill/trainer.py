@@ -49,6 +49,7 @@ from vmkd_fx.distill.run_folder import (
     tidy,
 )
 from vmkd_fx.errors import TrainingError
+from vmkd_fx.files import make_folder
 from vmkd_fx.progress import Progress
 from vmkd_fx.progress import progress as follow
 
@@ -89,7 +90,7 @@ def fit(
         TrainingError: a loss is not finite.
         OutputError: `out` cannot be written to, or the disk is full.
     """
-    out = Path(out)
+    out = make_folder(out)
     tidy(out, everything=not resume)
     if (result := recorded(out, digest)) is not None:
         return result

@@ -60,7 +60,7 @@ def randomise_(module: AnyModule, seed: int = 0) -> AnyModule:
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             if tensor.numel() != max(tensor.shape, default=0):
-                if not bool(tensor.any()):
+                if not bool(tensor.reshape(-1)[:1].any()) and not bool(tensor.any()):
                     tensor.copy_(normal(tensor) / tensor[0].numel() ** 0.5)
             elif name.rpartition(".")[2] in _SHIFTS:
                 tensor.copy_(0.3 * normal(tensor))

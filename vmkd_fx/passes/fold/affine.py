@@ -55,6 +55,24 @@ _VIEWS = ("view", "reshape", "unsqueeze", "flatten")
 _DIVIDE = {operator.truediv, torch.div, torch.true_divide, "div"}
 
 
+def may_be_affine(module: TracedModule, node: Node) -> bool:
+    """Whether a node could be part of an affine, seen without shapes: BatchNorm, arithmetic with a constant."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
+    if node.target is F.batch_norm:
+        return True
+    arithmetic = _MULTIPLY | _ADD | _SUBTRACT | _DIVIDE | {torch.addcmul}
+    return node.target in arithmetic and any(
+        not isinstance(argument, Node) or _behind_views(argument).op == "get_attr" for argument in node.args
+    )
+
+
+def _behind_views(node: Node) -> Node:
+    while node.op == "call_method" and node.target in _VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 class AffineReader:
     """Reads the nodes of one graph; the graph must be specialised to evaluation."""
 

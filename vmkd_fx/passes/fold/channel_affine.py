@@ -20,7 +20,7 @@ from vmkd_fx.graph.shapes import Shape, node_shapes
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.evaluation import drop_unused
 from vmkd_fx.passes.fold.absorb import Weights, absorb_before, absorb_behind, parameter_uses
-from vmkd_fx.passes.fold.affine import AffineReader, ChannelAffine
+from vmkd_fx.passes.fold.affine import AffineReader, ChannelAffine, may_be_affine
 from vmkd_fx.passes.record import Record
 from vmkd_fx.steps import Refusal
 
@@ -41,6 +41,8 @@ def fold_channel_affines(module: TracedModule) -> tuple[TracedModule, Record]:
 
 
 def _fold_once(module: TracedModule) -> tuple[int, int, list[Refusal]]:
+    if not any(may_be_affine(module, node) for node in module.graph.nodes):
+        return 0, 0, []
     shapes = node_shapes(module)
     reader = AffineReader(module, shapes)
     counts = parameter_uses(module)

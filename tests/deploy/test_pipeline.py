@@ -1,0 +1,86 @@
+"""`vx.deploy`: a task goes in, a bundle that computes the same comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import vmkd_fx as vx
+from tests.models import FoldableNet, images, small
+from vmkd_fx.deploy.bundle import read_bundle
+from vmkd_fx.errors import ModelError, OutputError, UnknownNameError
+from vmkd_fx.graph.verify import randomise_
+from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
+
+
+@pytest.mark.parametrize("family", ["mixer", "resmlp", "gmlp", "deit", "poolformer"])
+@pytest.mark.parametrize("predict", ["class", "mean"])
+def test_the_bundle_computes_what_the_student_computes(family: str, predict: str, tmp_path: Path) -> None:
+    student = randomise_(small(family))
+    training = inject_std_tokens(vx.trace(student), StdConfig()).eval()
+    bundle = vx.deploy(training, tmp_path / "bundle", predict=predict)
+    run = vx.load(bundle, device="cpu")
+    x = images(5, training.info.need_input_size()[1])
+    expected = vx.strip(training, predict).eval()(x).detach().numpy()
+    found = run(x.numpy())
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def test_the_ledger_reaches_the_bundle(tmp_path: Path) -> None:
+    model = vx.trace(FoldableNet(), input_size=(3, 32, 32))
+    manifest = read_bundle(vx.deploy(model, tmp_path / "b", labels=[f"c{i}" for i in range(10)])).manifest
+    names = [step.name for step in manifest.ledger.steps]
+    assert names == ["training graph", "evaluation", "channel_affine", "lowered", "onnx"]
+    assert manifest.ledger.steps[-1].error < 1e-5
+    assert manifest.labels[3] == "c3"
+
+
+@pytest.mark.engine
+def test_a_bundle_with_an_engine(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    path = vx.deploy(small("mixer"), tmp_path / "b", target="tensorrt-rtx:sm86,sm89,sm120", progress=False)
+    bundle = read_bundle(path)
+    (info,) = bundle.engines.values()
+    assert str(info.target) == "tensorrt-rtx:sm86,sm89,sm120"
+    assert bundle.manifest.ledger.steps[-1].checked == "built, not run"
+    assert bundle.manifest.ledger.steps[-1].error is None
+
+
+def test_timms_own_preprocessing(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=10)
+    preprocess = read_bundle(vx.deploy(model, tmp_path / "b")).manifest.preprocess
+    config = timm.data.resolve_data_config(model.pretrained_cfg)
+    assert preprocess.input_size == config["input_size"]
+    assert (preprocess.mean, preprocess.std) == (config["mean"], config["std"])
+    assert (preprocess.interpolation, preprocess.crop_pct) == (config["interpolation"], config["crop_pct"])
+
+
+def test_uint8_images_are_what_training_saw(tmp_path: Path) -> None:
+    from vmkd_fx.distill.card import Card
+    from vmkd_fx.distill.data import open_data
+
+    data = open_data("digits", labelled=40, image_size=32)
+    card = Card("mixer_nano_32", {}, None, 0, data.input_size, data.mean, data.std, data.labels)
+    model = randomise_(card.create()).eval()
+    run = vx.load(vx.deploy(model, tmp_path / "b"), device="cpu")
+    x, _ = next(iter(data.validation_batches()))
+    pixels, _ = data.held_out()
+    with torch.no_grad():
+        np.testing.assert_allclose(run(pixels[: len(x)]), model(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_refuses_before_it_works(tmp_path: Path) -> None:
+    model = small("mixer")
+    with pytest.raises(UnknownNameError, match="no target 'tensort'"):
+        vx.deploy(model, tmp_path / "b", target="tensort")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(OutputError, match="full"):
+        vx.deploy(model, tmp_path / "full")
+    with pytest.raises(ModelError, match="knows 10 classes, and 3 labels were given"):
+        vx.deploy(model, tmp_path / "b", labels=["a", "b", "c"])
+    assert not (tmp_path / "b").exists()

@@ -1,0 +1,181 @@
+"""The command line: what it prints, and one clear message for everything that is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from vmkd_fx.cli import main
+from vmkd_fx.deploy.bundle import read_bundle
+
+RECIPE = {
+    "student": {"model": "mixer_nano_32", "options": {"img_size": 16}},
+    "data": {"name": "digits", "labelled": 40, "image_size": 16},
+    "train": {"epochs": 2, "batch_size": 20},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"vmkd {arguments[0]}: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_the_road_from_recipe_to_prediction(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = {**RECIPE, "student": {"model": "test_resnet"}, "out": "teacher"}
+    assert main(["train", write(folder / "teacher.yaml", teacher)]) == 0
+    student = {
+        **RECIPE,
+        "teachers": [{"model": "test_resnet", "checkpoint": "teacher/last.safetensors"}],
+        "method": "std",
+        "out": "std",
+    }
+    recipe = write(folder / "std.yaml", student)
+    assert main(["train", recipe, "train.epochs=1"]) == 0
+    assert re.search(r"accuracy \d+\.\d\d % after 2 steps: std/last.safetensors", capsys.readouterr().out)
+
+    assert main(["deploy", "std/last.safetensors", "--predict", "mean"]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy by prediction: class" in printed
+    assert "onnx" in printed
+    assert read_bundle("bundle").manifest.labels == tuple("0123456789")
+
+    Image.new("L", (20, 20), 90).save("grey.png")
+    assert main(["run", "bundle", "grey.png", "--device", "cpu", "--top", "3"]) == 0
+    assert re.fullmatch(r"grey\.png: (\d \d+\.\d %(, )?){3}\n", capsys.readouterr().out)
+
+
+@pytest.mark.engine
+def test_build_adds_an_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
+    assert main(["deploy", "run/last.safetensors", "--target", "onnxruntime"]) == 0
+    capsys.readouterr()
+    assert main(["build", "bundle", "--target", "tensorrt-rtx:sm86,sm120"]) == 0
+    assert "sm86,sm120" in capsys.readouterr().out
+    assert "model.tensorrt-rtx-sm86-sm120.engine" in read_bundle("bundle").manifest.files
+
+
+def test_weights_by_someone_else_need_their_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=10)
+    save_file(model.state_dict(), folder / "w.safetensors")
+    assert "name it: --model NAME" in refused(capsys, "deploy", "w.safetensors")
+    arguments = ["deploy", "w.safetensors", "--model", "test_resnet", "--option", "num_classes=10"]
+    assert main(arguments) == 0
+    wrong = refused(capsys, "deploy", "w.safetensors", "--model", "test_vit", "--option", "num_classes=10")
+    assert "w.safetensors belongs to another model" in wrong
+    assert "missing" in wrong
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "test_vit", "--option", "num_classes=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "mixes tokens (attention), channels only" in printed
+    assert "7 classes" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "mixer_s16_22"), "no timm model 'mixer_s16_22'; did you mean 'mixer_s16_224'"),
+        (("inspect", "test_vit", "--option", "img_sz=3"), "img_sz"),
+        (("inspect", "test_vit", "--option", "img_size"), "write it as name=value"),
+        (("train", "nothing.yaml"), "nothing.yaml"),
+        (("deploy", "nothing.safetensors"), "there is no weights file nothing.safetensors"),
+        (("build", "nothing", "--target", "tensorrt-rtx"), "no ONNX file and no bundle nothing"),
+        (("build", "nothing", "--target", "tensort"), "no target 'tensort'; did you mean 'tensorrt'"),
+        (("build", "nothing", "--target", "tensorrt-rtx:sm99"), "no compute capability 'sm99'"),
+        (("run", "nothing", "x.png"), "nothing is not a bundle"),
+    ],
+)
+def test_wrong_names(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"epochs": 2, "optimiser": "adamw"}}, "no key 'optimiser'; did you mean 'optimizer'"),
+        ({"student": {"model": "mixer_nano"}}, "no model 'mixer_nano'; did you mean 'mixer_nano_32'"),
+        ({"method": "sdt", "teachers": [{"model": "test_resnet"}]}, "no method 'sdt'; did you mean 'std'"),
+        (
+            {"student": {"model": "mixer_nano_32", "options": {"img_size": 16, "num_classes": 7}}},
+            "knows 7 classes",
+        ),
+        ({"method": "std"}, "needs a teacher"),
+        ({"student": {"model": "mixer_nano_32"}}, "Input height (16) doesn't match model (32)"),
+        (
+            {"method": "std", "teachers": [{"model": "test_resnet", "options": {"num_classes": 7}}]},
+            "test_resnet knows 7 classes and student mixer_nano_32 10",
+        ),
+    ],
+)
+def test_wrong_recipes(folder: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str) -> None:
+    recipe = write(folder / "r.yaml", {**RECIPE, "out": "run", **change})
+    assert message in refused(capsys, "train", recipe)
+    assert not (folder / "run").exists()
+
+
+def test_a_folder_of_another_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(folder / "r.yaml", {**RECIPE, "out": "run"})
+    assert main(["train", recipe]) == 0
+    assert "another recipe" in refused(capsys, "train", recipe, "train.lr=0.5")
+    assert main(["train", recipe, "train.lr=0.5", "--restart"]) == 0
+
+
+def test_a_changed_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
+    assert main(["deploy", "run/last.safetensors"]) == 0
+    graph = folder / "bundle" / "model.onnx"
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1
+    graph.write_bytes(data)
+    Image.new("L", (20, 20)).save("grey.png")
+    assert "model.onnx was changed: its SHA-256 is" in refused(capsys, "run", "bundle", "grey.png")
+
+
+def test_a_place_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
+    (folder / "file").touch()
+    message = refused(capsys, "deploy", "run/last.safetensors", "--out", "file/bundle")
+    assert "cannot write" in message
+    assert "cannot write" in refused(capsys, "train", "r.yaml", "out=file/run")
+
+
+def test_weights_that_are_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "junk.safetensors").write_bytes(b"junk")
+    assert "cannot read junk.safetensors as safetensors" in refused(capsys, "deploy", "junk.safetensors")
+    torch.save({"state_dict": "no"}, folder / "junk.pth")
+    assert "junk.pth" in refused(capsys, "deploy", "junk.pth", "--model", "test_vit")
+
+
+@pytest.mark.parametrize("verb", ["demo", "inspect", "train", "deploy", "build", "run"])
+def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"example: vmkd {verb}" in capsys.readouterr().out
