@@ -20,8 +20,7 @@ class UnknownNameError(VmkdError):
         message += f"there is no {kind} {asked!r}"
         if near:
             message += f"; did you mean {' or '.join(map(repr, near))}?"
-        if len(known) <= 40:
-            message += f" Known: {', '.join(known) or 'none'}"
+        message += f" Known: {', '.join(known) or 'none'}" if len(known) <= 40 else f" {len(known)} are known"
         super().__init__(message)
 
 
