@@ -56,7 +56,7 @@ _DIVIDE = {operator.truediv, torch.div, torch.true_divide, "div"}
 
 
 def may_be_affine(module: TracedModule, node: Node) -> bool:
-    """Whether a node could be part of an affine, seen without shapes: BatchNorm, or a constant's arithmetic."""
+    """Whether a node could be part of an affine, seen without shapes."""
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
     if node.target is F.batch_norm:
