@@ -20,6 +20,8 @@ class UnknownNameError(VmkdError):
         message += f"there is no {kind} {asked!r}"
         if near:
             message += f"; did you mean {' or '.join(map(repr, near))}?"
+        else:
+            message += "."
         message += f" Known: {', '.join(known) or 'none'}" if len(known) <= 40 else f" {len(known)} are known"
         super().__init__(message)
 

@@ -195,3 +195,17 @@ def test_an_injection_that_matches_nothing() -> None:
 def test_a_student_without_logits() -> None:
     with pytest.raises(ModelError, match="a classifier returns"):
         vx.wrap(timm.create_model("test_resnet", num_classes=0, global_pool=""), "hard", teachers(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_teacher_of_another_precision(dtype: torch.dtype) -> None:
+    task = vx.wrap(small("mixer"), "kd", [vx.trace(teachers(1)[0]).to(dtype)])
+    assert task.teachers[0](images(4)).dtype == torch.float32
+    assert task(images(4), targets())["loss"].isfinite()
+
+
+def test_one_channel() -> None:
+    student, teacher = (timm.create_model(n, num_classes=10, in_chans=1) for n in ("test_vit", "test_resnet"))
+    task = vx.wrap(student, "std", [teacher])
+    out = task(torch.randn(2, 1, *task.trainable_module.info.input_size[1:]), targets(2))
+    assert out["loss"].isfinite()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import timm
 import torch
@@ -40,9 +42,9 @@ def test_mlps_and_vits(
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("convnext_atto", "NCHW"), ("swin_tiny_patch4_window7_224", "NHWC")]
+    ("name", "layout"), [("convnext_atto", "NCHW"), ("swin_tiny_patch4_window7_224", "NLC")]
 )
-def test_four_axes(name: str, layout: str) -> None:
+def test_stages(name: str, layout: str) -> None:
     model = timm.create_model(name)
     found = vx.anatomy(model)
     assert {block.layout for block in found.blocks} == {layout}
@@ -101,6 +103,42 @@ def test_names_decide_nothing() -> None:
             part.__class__ = type("Whatever", (type(part),), {})
     model.__class__ = renamed
     assert vx.anatomy(model).blocks == vx.anatomy(small("mixer")).blocks
+
+
+@pytest.mark.parametrize("way", ["pickle", "lower"])
+def test_a_graph_that_lost_its_calls_is_still_understood(way: str) -> None:
+    model = small("deit")
+    graph = pickle.loads(pickle.dumps(vx.trace(model))) if way == "pickle" else vx.lower(model)
+    found, expected = vx.anatomy(graph), vx.anatomy(model)
+    assert [block.path for block in found.blocks] == [block.path for block in expected.blocks]
+    assert [block.tokens for block in found.blocks] == [block.tokens for block in expected.blocks]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "channels", "tokens"),
+    [("poolformerv2_s12", 12, 512, 49), ("davit_tiny", 12, 768, 49), ("edgenext_xx_small", 12, 168, 64)],
+)
+def test_the_last_block_of_mixed_layouts(name: str, blocks: int, channels: int, tokens: int) -> None:
+    found = vx.anatomy(timm.create_model(name))
+    assert (len(found.blocks), found.blocks[-1].channels, found.blocks[-1].tokens) == (
+        blocks,
+        channels,
+        tokens,
+    )
+
+
+def test_a_place_counted_from_an_end_that_is_not_reached_is_refused() -> None:
+    found = vx.anatomy(timm.create_model("tiny_vit_5m_224"))
+    with pytest.raises(MatchError, match="leaves 64 channels while the classifier reads 320"):
+        found.position(-1)
+    assert found.position(1) == 1
+
+
+def test_looking_leaves_the_random_numbers_alone() -> None:
+    model = small("deit")
+    before = torch.get_rng_state()
+    vx.anatomy(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_it_prints_as_a_table() -> None:

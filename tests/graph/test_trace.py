@@ -183,3 +183,71 @@ def test_one_graph_compiles_whole(family: str) -> None:
     graph = vx.trace(small(family)).eval()
     compiled = torch.compile(graph, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images()), graph(images()), rtol=1e-5, atol=1e-5)
+
+
+class Counting(nn.Module):
+    """Writes into a buffer in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.head(x.mean((2, 3))) * self.calls
+
+
+def test_a_buffer_that_forward_writes_is_written_by_the_graph_and_not_by_tracing() -> None:
+    model = Counting()
+    graph = vx.trace(model, input_size=(3, 32, 32))
+    assert model.calls == 0
+    x = images()
+    assert torch.equal(graph(x), Counting.forward(model, x) / 2)
+    assert model.calls == 2
+
+
+class Detached(nn.Module):
+    """Computes a part without gradients, which leaves no node in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.scale(x)
+
+
+def test_a_part_without_gradients_stays_closed() -> None:
+    model = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3), Detached(), nn.Linear(3, 10)
+    )
+    graph = vx.trace(model, input_size=(3, 32, 32))
+    (closed,) = graph.closed
+    assert closed.path == "3"
+    assert "no_grad" in closed.reason
+    graph(images()).sum().backward()
+    assert model[3].scale.weight.grad is None
+    assert model[2].weight.grad is None
+    assert model[4].weight.grad is not None
+
+
+class Forked(nn.Module):
+    """The same operation on another operand, by mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.one(x), self.two(x)
+        return torch.relu(one if self.training else two)
+
+
+def test_a_module_wired_otherwise_by_mode_is_closed() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Forked(), nn.Linear(3, 10))
+    graph = vx.trace(model, input_size=(3, 32, 32))
+    assert [closed.path for closed in graph.closed] == ["2"]
+    for mode in (True, False):
+        assert torch.equal(graph.train(mode)(images()), model.train(mode)(images()))

@@ -16,6 +16,7 @@ from vmkd_fx.distill.losses import HardDistillation, SoftDistillation, TeacherLo
 from vmkd_fx.distill.methods import Method
 from vmkd_fx.distill.teachers import Teacher
 from vmkd_fx.graph.edit import LOGITS
+from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.std_tokens import NAME as STD
 
@@ -63,7 +64,7 @@ class DistillationTask(TrainingTask):
         method: Method,
         criterion: nn.Module | None = None,
     ) -> None:
-        reference = next(student.parameters())
+        reference = reference_tensor(student)
         super().__init__(device=reference.device, dtype=reference.dtype, verbose=False)
         self.trainable_module: nn.Module = student
         self.teachers = nn.ModuleList(teachers)

@@ -14,7 +14,7 @@ from torch import nn
 
 from vmkd_fx.errors import ModelError, UnknownNameError
 from vmkd_fx.graph.info import ModelInfo, model_info
-from vmkd_fx.graph.shapes import class_count
+from vmkd_fx.graph.shapes import class_count, reference_tensor
 from vmkd_fx.graph.share import shared_view, unwrapped
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.info = model_info(model)
         self.model = shared_view(unwrapped(model)).eval()
-        reference = next(model.parameters(), torch.empty(0))
+        reference = reference_tensor(model)
         own_mean, own_std, mean, std = (
             torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
             for values in (self.info.mean, self.info.std, student.mean, student.std)
@@ -65,11 +65,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        given, images = images.dtype, images.to(self.scale.dtype)
         if not self.same_normalisation:
             images = images * self.scale + self.shift
         if self.resize:
             images = F.interpolate(images, self.resize, mode="bicubic", antialias=True)
-        return self.model(images)
+        return self.model(images).to(given)
 
 
 def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int) -> nn.ModuleList:

@@ -8,7 +8,7 @@ names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch.nn.functional as F
@@ -79,14 +79,21 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model consists of: its blocks in order, and the node that holds the logits with its class
-    count.
+    """What a model consists of.
+
+    Attributes:
+        model: its name.
+        blocks: in order.
+        logits: name of the node that holds them.
+        num_classes: their length.
+        features: channels that the classifier reads; None where it is not found.
     """
 
     model: str
     blocks: tuple[Block, ...]
     logits: str
     num_classes: int
+    features: int | None
 
     def __str__(self) -> str:
         """Blocks as rows; neighbours that differ in their path alone share one."""
@@ -109,7 +116,8 @@ class Anatomy:
             the eighth.
 
         Raises:
-            MatchError: the model has no blocks, or no such block.
+            MatchError: the model has no blocks, or no such block, or the place counts from an end that the
+                anatomy does not reach: its last block does not leave what the classifier reads.
         """
         count = len(self.blocks)
         if not count:
@@ -129,6 +137,13 @@ class Anatomy:
                 f"{self.model} has no block {where!r}: it has {count}, so 0 to {count - 1}, -{count} to -1, "
                 "or a fraction of the depth such as '2/3'"
             )
+        if self.features not in (None, self.blocks[-1].channels) and not str(where).isdigit():
+            last = self.blocks[-1]
+            raise MatchError(
+                f"{self.model}: place {where!r} counts from the end, and the last block found, {last.path}, "
+                f"leaves {last.channels} channels while the classifier reads {self.features}; "
+                f"name a block by its index, 0 to {count - 1}"
+            )
         return index % count
 
 
@@ -147,59 +162,95 @@ def anatomy(model: Any) -> Anatomy:
     shapes = node_shapes(module)
     logits = logits_node(module)
     residuals = find_residuals(module, shapes)
-    groups = [list(group) for _, group in groupby(residuals, key=lambda residual: _block_path(residual.add))]
+    groups = [list(group) for _, group in groupby(residuals, key=_block_path)]
     blocks = tuple(_read_block(module, shapes, group) for group in groups)
-    return Anatomy(module.info.name, blocks, logits.name, shapes[logits][-1])
+    features = _classifier_inputs(logits, module)
+    return Anatomy(module.info.name, blocks, logits.name, shapes[logits][-1], features)
 
 
-def _block_path(add: Node) -> str:
+def _block_path(residual: Residual) -> str:
     """The deepest module with a number as its name around the sum, else the module that holds the sum."""
-    parts = owner(add).split(".")
+    path = owner(residual.add) or _common_path(residual)
+    parts = path.split(".")
     while len(parts) > 1 and not parts[-1].isdigit():
         parts.pop()
-    return ".".join(parts) if parts[-1].isdigit() else owner(add)
+    return ".".join(parts) if parts[-1].isdigit() else path
+
+
+def _common_path(residual: Residual) -> str:
+    """Where the branch's modules and parameters live, for a graph that does not know its modules' calls."""
+    targets = [str(n.target).split(".") for n in residual.nodes if n.op in ("call_module", "get_attr")]
+    same = takewhile(lambda names: len(set(names)) == 1, zip(*targets, strict=False))
+    return ".".join(names[0] for names in same)
+
+
+def _classifier_inputs(logits: Node, module: TracedModule) -> int | None:
+    """Channels that the classifier reads: of the Linear or convolution that the logits come from first."""
+    todo, seen = [logits], {logits}
+    while todo:
+        node = todo.pop(0)
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return None
 
 
 def _read_block(module: TracedModule, shapes: dict[Node, Shape], residuals: list[Residual]) -> Block:
-    path = _block_path(residuals[-1].add)
-    layout = _layout(module, shapes, residuals)
-    output = _output(residuals[-1].add, path)
+    path = _block_path(residuals[-1])
+    output = _output(residuals[-1].add, path, shapes)
     shape = shapes[output]
+    layout = _layout(module, shapes, residuals, len(shape))
     channel_axis = {"NLC": 2, "NCHW": 1, "NHWC": 3}[layout]
     tokens = shape[1] * shape[2] * shape[3] // shape[channel_axis] if len(shape) == 4 else shape[1]
     prefix = module.info.num_prefix_tokens if layout == "NLC" else 0
-    branches = tuple(_read_branch(module, shapes, residual, LOCATION_AXES[layout]) for residual in residuals)
+    branches = tuple(_read_branch(module, shapes, residuals, residual) for residual in residuals)
     stream = residuals[0].stream.name
     return Block(path, stream, output.name, layout, shape[channel_axis], tokens - prefix, prefix, branches)
 
 
-def _output(add: Node, path: str) -> Node:
+def _output(add: Node, path: str, shapes: dict[Node, Shape]) -> Node:
     """The last node of the block: the sum, or what the block still does to it alone (an activation, say)."""
     node = add
     while len(node.users) == 1:
         follower = next(iter(node.users))
-        if not (owner(follower) == path or owner(follower).startswith(path + ".")) or follower.op == "output":
+        inside = owner(follower) == path or owner(follower).startswith(path + ".")
+        if not inside or shapes.get(follower) != shapes[add]:
             break
         node = follower
     return node
 
 
-def _layout(module: TracedModule, shapes: dict[Node, Shape], residuals: list[Residual]) -> str:
+def _layout(module: TracedModule, shapes: dict[Node, Shape], residuals: list[Residual], rank: int) -> str:
     """Three axes are NLC; of four, the channels are last where a norm or a Linear of the last axis reads the
     stream.
     """
-    if len(shapes[residuals[0].stream]) == 3:
+    if rank == 3:
         return "NLC"
     for residual in residuals:
         for node in residual.nodes:
-            if residual.stream in node.all_input_nodes:
+            if residual.stream in node.all_input_nodes and len(shapes[residual.stream]) == rank:
                 target = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-                if isinstance(target, (nn.Linear, nn.LayerNorm)) or node.target in (F.layer_norm, F.linear):
+                if _channels_last(target) == shapes[residual.stream][-1] or node.target is F.layer_norm:
                     return "NHWC"
     return "NCHW"
 
 
-def _read_branch(module: TracedModule, shapes: dict[Node, Shape], residual: Residual, axes: Axes) -> Branch:
+def _channels_last(layer: nn.Module | None) -> int | None:
+    """The length of the last axis that a Linear or a LayerNorm asks for."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else None
+
+
+def _read_branch(
+    module: TracedModule, shapes: dict[Node, Shape], block: list[Residual], residual: Residual
+) -> Branch:
+    axes = LOCATION_AXES[_layout(module, shapes, block, len(shapes[residual.stream]))]
     norm = _leading_norm(module, residual)
     entry = norm or residual.stream
     body = residual.nodes[residual.nodes.index(norm) + 1 :] if norm else residual.nodes

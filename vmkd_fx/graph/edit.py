@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -12,6 +13,24 @@ from vmkd_fx.graph.receipt import PREFIX, Receipt
 from vmkd_fx.graph.traced import TracedModule
 
 LOGITS = "logits"
+
+_AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem"}
+_VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "swapaxes", "movedim", "squeeze"),
+    *(
+        "unsqueeze",
+        "expand",
+        "chunk",
+        "split",
+        "unbind",
+        "detach",
+        "contiguous",
+        "getitem",
+        "narrow",
+        "select",
+    ),
+    *("view_as", "expand_as", "reshape_as", "t", "float", "double", "half", "to", "type_as", "getattr"),
+}
 
 
 def output_node(module: TracedModule) -> Node:
@@ -99,9 +118,63 @@ class Injection:
         return self.module
 
 
+def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what `kind` computes: its forward is that of `kind` whatever its class is
+    called, its weights are plain parameters, and no hook changes what goes in or comes out.
+    """
+    methods = ("forward", "_conv_forward")
+    same = all(getattr(type(module), name, None) is _method(module, kind, name) for name in methods)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, kind) and same and not hooked and not hasattr(module, "parametrizations")
+
+
+def _method(module: nn.Module, kind: type[nn.Module], name: str) -> Any:
+    """The method as torch.nn defines it for the nearest of its own classes that `module` is made of."""
+    own = (c for c in type(module).__mro__ if issubclass(c, kind) and c.__module__.startswith("torch.nn"))
+    return getattr(next(own, kind), name, None)
+
+
+def changes_in_place(node: Node, module: nn.Module) -> bool:
+    """Whether a node writes into one of its operands: `x.mul_(y)`, `x += y`, a ReLU with `inplace=True`."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
+    return augmented or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+
+def written_to(node: Node, module: nn.Module) -> bool:
+    """Whether some node writes into this node's value, directly or through a view of it."""
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if changes_in_place(user, module):
+                return True
+            if user not in seen and _may_be_a_view(user, module):
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _may_be_a_view(node: Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), (nn.Identity, nn.Flatten, nn.Unflatten))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _VIEWS
+
+
+def drop_dead_nodes(module: TracedModule) -> None:
+    """Remove what nobody reads, but not what writes into something that is read."""
+    module.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or (node.op != "get_attr" and changes_in_place(node, module))
+    )
+
+
 def owner(node: Node) -> str:
     """Path of the module whose forward holds the node; "" for the root."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
     if node.op == "call_module" and stack:
         stack = stack[:-1]
     return str(stack[-1][0]) if stack else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,17 +55,25 @@ def model_info(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     if isinstance(info := getattr(model, "info", None), ModelInfo):
         return info if input_size is None else replace(info, input_size=input_size)
     config = _config(model)
+    size = input_size or _input_size(model, config)
     return ModelInfo(
         name=config.get("architecture") or type(model).__name__,
         num_classes=getattr(model, "num_classes", None),
-        input_size=input_size or _input_size(model, config),
-        mean=tuple(config.get("mean", IMAGENET_MEAN)),
-        std=tuple(config.get("std", IMAGENET_STD)),
+        input_size=size,
+        mean=_for_each_channel(config.get("mean", IMAGENET_MEAN), size),
+        std=_for_each_channel(config.get("std", IMAGENET_STD), size),
         interpolation=config.get("interpolation") or "bicubic",
         crop_pct=config.get("crop_pct") or 0.875,
         num_prefix_tokens=getattr(model, "num_prefix_tokens", 0) or 0,
         fixed_input_size=bool(config.get("fixed_input_size", False)),
     )
+
+
+def _for_each_channel(values: Sequence[float], size: tuple[int, int, int] | None) -> tuple[float, ...]:
+    """One value a channel; the mean of the published ones where there are other channels than those."""
+    if size is None or len(values) == size[0]:
+        return tuple(values)
+    return (sum(values) / len(values),) * size[0]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class ModeSwitch(nn.Module):
 def differing_modules(training: Graph, evaluation: Graph) -> list[str]:
     """Paths of the modules whose own nodes differ between the two traces, by operation and target."""
     left, right = _own_operations(training), _own_operations(evaluation)
-    return sorted(path for path in left.keys() | right.keys() if left.get(path) != right.get(path))
+    differing = {path for path in left.keys() | right.keys() if left.get(path) != right.get(path)}
+    return sorted(differing or _wired_otherwise(training, evaluation))
 
 
 def _own_operations(graph: Graph) -> dict[str, list[tuple[str, Any]]]:
@@ -44,6 +45,16 @@ def _own_operations(graph: Graph) -> dict[str, list[tuple[str, Any]]]:
     for node in graph.nodes:
         operations[owner(node)].append((node.op, node.target))
     return operations
+
+
+def _wired_otherwise(training: Graph, evaluation: Graph) -> set[str]:
+    """Modules with the same operations in both graphs, one of which reads another node."""
+    partners = dict(zip(training.nodes, evaluation.nodes, strict=True))
+    return {
+        owner(node)
+        for node, other in partners.items()
+        if [partners[source] for source in node.all_input_nodes] != other.all_input_nodes
+    }
 
 
 def insert_mode_switches(root: nn.Module, training: Graph, evaluation: Graph) -> int:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from vmkd_fx.graph.shapes import Shape
 from vmkd_fx.graph.traced import TracedModule
 
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -52,15 +53,28 @@ def _split(
     while True:
         stream, end = sorted(operands, key=order.__getitem__)
         branch = _between(stream, end, order)
-        passing = next((node for node in (end, stream) if _is_identity(node, modules)), None)
-        if branch or passing is None:
+        sources = ((node, _hands_on(node, modules)) for node in (stream, end))
+        behind = {node: source for node, source in sources if source is not None}
+        if branch or not behind:
             return stream, end, branch
-        operands = [node.all_input_nodes[0] if node is passing else node for node in operands]
+        shortcut = end if end in behind else stream
+        operands = [behind[node] if node is shortcut else node for node in operands]
 
 
-def _is_identity(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    kinds = (nn.Identity, nn.modules.dropout._DropoutNd)
-    return node.op == "call_module" and isinstance(modules.get(str(node.target)), kinds)
+def _hands_on(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
+    """What an Identity, a dropout or a product with a parameter (a scaled shortcut) is computed from."""
+    if node.op == "call_module":
+        passing = isinstance(modules.get(str(node.target)), (nn.Identity, nn.modules.dropout._DropoutNd))
+        return node.all_input_nodes[0] if passing else None
+    data = [source for source in node.all_input_nodes if _origin(source).op != "get_attr"]
+    return data[0] if node.target in _PRODUCTS and len(data) == 1 and len(node.all_input_nodes) == 2 else None
+
+
+def _origin(node: Node) -> Node:
+    """The node behind reshapes."""
+    while node.op == "call_method" and node.target in ("view", "reshape") and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _between(start: Node, end: Node, order: Mapping[Node, int]) -> tuple[Node, ...]:

@@ -73,6 +73,11 @@ def class_count(module: nn.Module, input_size: Shape) -> int:
     return logits.shape[1]
 
 
+def reference_tensor(module: nn.Module) -> torch.Tensor:
+    """A tensor of the dtype and on the device that the module's images have: its first real parameter."""
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+
+
 def parameter_count(module: nn.Module) -> int:
     """Parameters, each shared one counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -84,7 +89,7 @@ def _norm_operations(x: Shape, *_: Any, **__: Any) -> int:
 
 
 def _on_fake_images(run: Callable[[torch.Tensor], Any], module: nn.Module, size: Shape, batch: int) -> None:
-    reference = next(module.parameters(), torch.empty(0))
+    reference = reference_tensor(module)
     modes = {part: part.training for part in module.modules()}
     try:
         module.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from types import MethodType
 
+import torch.fx
 from torch import nn
 
 
@@ -32,6 +33,8 @@ def _view(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
             view.__dict__[name] = MethodType(value.__func__, view)
         elif not name.startswith("_") and type(value) in (dict, list, set):
             view.__dict__[name] = value.copy()  # a cache that forward fills must not fill the original's
+    if isinstance(view, torch.fx.GraphModule):
+        view.recompile()  # its forward belongs to the instance
     return view
 
 

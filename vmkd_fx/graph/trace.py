@@ -115,7 +115,8 @@ def _both_modes(root: nn.Module, closed: dict[str, str]) -> tuple[Graph, Graph] 
 
 def _where(error: Exception) -> str:
     """The error's message and the line of the model that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in stack if not any(part in f.filename for part in ("/torch/", "/vmkd_fx/graph/"))]
     place = (
         f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}: {frames[-1].line})"
         if frames

@@ -13,6 +13,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torch.fx import Node, Proxy
 
+from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.receipt import PREFIX
 
 CONSTANTS = "constants"
@@ -32,6 +33,7 @@ class GraphTracer(torch.fx.Tracer):
         self.failed_in: str | None = None
         self._names: dict[int, str] | None = None
         self._made = 0
+        self._scope = _scope()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -46,14 +48,15 @@ class GraphTracer(torch.fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            if self.failed_in is None:
-                self.failed_in = self.path_of_module(m)
+            path = (self.submodule_paths or {}).get(m, "")
+            if self.failed_in is None and not self.is_leaf_module(m, path):  # closing a leaf mends nothing
+                self.failed_in = path
             raise
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Node:
-        if (
-            target is torch._assert and len(args) == 2
-        ):  # a message about an image names no value while there is none
+        if (scope := _scope()) != self._scope:
+            raise TraceError(f"{target} runs under {scope}, which a graph does not record")
+        if target is torch._assert and len(args) == 2:  # while tracing, a message has no value to name
             args = (args[0], re.sub(r" ?\(?Proxy\([^()]*\)\)?", "", str(args[1])))
         return super().create_node(kind, target, args, kwargs, *rest, **named)
 
@@ -66,7 +69,7 @@ class GraphTracer(torch.fx.Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", p.name, (), {}) for p in inputs)]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        if not isinstance(attr_val, nn.Parameter):
+        if not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._tensor_names().get(id(attr_val))
         if name is None:
@@ -102,7 +105,15 @@ class GraphTracer(torch.fx.Tracer):
         self._made += 1
         while (other := holder._buffers.get(name)) is not None and not torch.equal(other, value):
             name += "_"
-        holder.register_buffer(name, value.detach(), persistent=False)
+        # Not by register_buffer, whose look at the attribute would be traced.
+        holder._buffers[name] = value.detach()
+        holder._non_persistent_buffers_set.add(name)
         path = f"{PREFIX}.{CONSTANTS}.{name}"
         self._tensor_names()[id(value)] = path
         return path
+
+
+def _scope() -> str:
+    """What `with` blocks of torch are in force, which decides what an operation does and leaves no node."""
+    gradients = "grad" if torch.is_grad_enabled() else "no_grad"
+    return f"{gradients}, autocast {torch.is_autocast_enabled('cpu')}, {torch.is_autocast_enabled('cuda')}"

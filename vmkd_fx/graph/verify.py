@@ -13,6 +13,7 @@ from torch import nn
 
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.edit import LOGITS
+from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule
 
 TOLERANCE = 1e-12
@@ -36,7 +37,7 @@ def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
 
 def probe_images(module: TracedModule, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """Random images (B, C, H, W) of the model's size and dtype."""
-    reference = next(module.parameters(), torch.empty(0))
+    reference = reference_tensor(module)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, *module.info.need_input_size(), generator=generator, dtype=torch.float64)
     return images.to(reference)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from vmkd_fx.errors import TraceError
+from vmkd_fx.graph.edit import computes_as, drop_dead_nodes
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.tracer import GraphTracer
 from vmkd_fx.passes.record import Record
@@ -36,7 +37,7 @@ def specialise_to_evaluation(module: TracedModule) -> tuple[TracedModule, Record
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
             removed += 1
-    traced.graph.eliminate_dead_code()
+    drop_dead_nodes(traced)
     traced = drop_unused(traced)
     gone = before - len(traced.graph.nodes)
     return traced, Record(removed, f"{removed} dropouts, identities and assertions, {gone} nodes fewer")
@@ -65,5 +66,5 @@ def _retrace(module: TracedModule) -> TracedModule:
 
 def _hands_input_on(module: TracedModule, node: Node) -> bool:
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), _NO_OPS)
+        return any(computes_as(module.get_submodule(str(node.target)), kind) for kind in _NO_OPS)
     return node.target in _DROPOUTS and node.kwargs.get("training", (*node.args, True, True)[2]) is False

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vmkd_fx.errors import UnknownNameError
+from vmkd_fx.errors import UnknownNameError, VerificationError
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.receipt import undo
-from vmkd_fx.graph.shapes import multiply_adds, parameter_count
+from vmkd_fx.graph.shapes import multiply_adds, parameter_count, reference_tensor
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images, randomise_
@@ -105,7 +105,8 @@ def _run_passes(source: TracedModule) -> tuple[TracedModule, list[Step]]:
 
     The twin proves each pass, on two images so that nothing mixes samples unseen; `source` proves the whole.
     """
-    dtype = next((p.dtype for p in source.parameters() if p.is_floating_point()), torch.float32)
+    dtype = reference_tensor(source).dtype
+    precisions = {name: tensor.dtype for name, tensor in _floats(source)}
     work = source.double()
     twin = randomise_(deepcopy(work))
     images = probe_images(work)
@@ -132,8 +133,17 @@ def _run_passes(source: TracedModule) -> tuple[TracedModule, list[Step]]:
         "matched": None,
         "refused": (),
     }
-    work.to(dtype).eval()
+    for name, tensor in _floats(work):
+        tensor.data = tensor.to(precisions.get(name, dtype))
+        if not bool(torch.isfinite(tensor).all()):
+            raise VerificationError(f"lowering {source.info.name}: {name} does not fit into {tensor.dtype}")
     return work, [*steps, replace(steps[-1], name="lowered", **total)]
+
+
+def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that hold real numbers, by name."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
 
 
 def _outcome(record: Record, error: float | None) -> dict[str, Any]:

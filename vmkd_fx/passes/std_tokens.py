@@ -24,7 +24,8 @@ from torch import nn
 
 from vmkd_fx.errors import MatchError, RecipeError
 from vmkd_fx.graph.anatomy import Anatomy, Block, anatomy
-from vmkd_fx.graph.edit import LOGITS, Injection, named_outputs, set_outputs
+from vmkd_fx.graph.edit import LOGITS, Injection, drop_dead_nodes, named_outputs, set_outputs
+from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule, fork
 
 NAME = "std"
@@ -117,7 +118,7 @@ class SpatialChannelTokens(nn.Module):
         channel = self.channel.expand(z.shape[0], -1, -1)
         for block in self.blocks:
             spatial, channel = block(z, spatial, channel)
-        return torch.cat([spatial.flatten(1), channel.flatten(1)], dim=1)
+        return torch.cat([spatial.squeeze(1), channel.squeeze(2)], dim=1)
 
 
 def inject_std_tokens(module: TracedModule, config: StdConfig) -> TracedModule:
@@ -133,7 +134,7 @@ def inject_std_tokens(module: TracedModule, config: StdConfig) -> TracedModule:
     module = fork(module)
     injection = Injection(module, NAME, asdict(config))
     nodes = {node.name: node for node in module.graph.nodes}
-    reference = next(module.parameters())
+    reference = reference_tensor(module)
     for teacher, position in enumerate(config.positions):
         block = _block_with_tokens(known, position)
         tokens = SpatialChannelTokens(block, config).to(reference)
@@ -172,7 +173,7 @@ def keep_as_prediction(module: TracedModule, predict: str) -> TracedModule:
             prediction = graph.call_function(operator.truediv, (prediction, 2))
     set_outputs(module, {"": prediction})
     module.meta["receipts"] = ()
-    graph.eliminate_dead_code()
+    drop_dead_nodes(module)
     module.recompile()
     return module
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from vmkd_fx.graph.edit import computes_as
 from vmkd_fx.graph.receipt import PREFIX
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.fold.affine import ChannelAffine
@@ -66,17 +67,37 @@ class Weights:
         self.kind = self._kind()
 
     def _kind(self) -> str | None:
-        if self.layer is None:
-            return _FUNCTIONS.get(self.node.target, (None, 0))[0] if self.node.op == "call_function" else None
-        if isinstance(self.layer, nn.Linear):
-            return "linear"
-        if isinstance(self.layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return "conv"
-        if isinstance(self.layer, nn.GroupNorm):
-            return "group_norm"
-        if isinstance(self.layer, nn.LayerNorm) and len(self.layer.normalized_shape) == 1:
-            return "layer_norm"
-        return None
+        if self.layer is not None:
+            return self._module_kind(self.layer)
+        if self.node.op != "call_function" or self.node.target not in _FUNCTIONS:
+            return None
+        kind, position = _FUNCTIONS[self.node.target]
+        sources = [self._value(position + index, name) for index, name in enumerate(("weight", "bias"))]
+        if not all(s is None or (isinstance(s, Node) and s.op == "get_attr") for s in sources):
+            return None  # a weight that is computed is not ours to change
+        return None if kind == "layer_norm" and self._normalised_length() is None else kind
+
+    def _module_kind(self, layer: nn.Module) -> str | None:
+        kinds: dict[str, tuple[type[nn.Module], ...]] = {
+            "linear": (nn.Linear,),
+            "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+            "group_norm": (nn.GroupNorm,),
+            "layer_norm": (nn.LayerNorm,),
+        }
+        found = next(
+            (name for name, types in kinds.items() if any(computes_as(layer, t) for t in types)), None
+        )
+        plain_norm = not isinstance(layer, nn.LayerNorm) or len(layer.normalized_shape) == 1
+        return found if plain_norm else None
+
+    def _normalised_length(self) -> int | None:
+        """Channels of a functional LayerNorm over one axis of a known length."""
+        shape = self._value(1, "normalized_shape")
+        one = isinstance(shape, (tuple, list)) and len(shape) == 1 and isinstance(shape[0], int)
+        return int(shape[0]) if one else None
+
+    def _value(self, position: int, name: str) -> Any:
+        return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(name)
 
     def channel_axis(self, rank: int) -> int:
         """The axis of the output that the rows of the weight stand for."""
@@ -99,8 +120,8 @@ class Weights:
                 self._set_argument(name, parameter)
 
     def uses(self, counts: Counter[int]) -> int:
-        """How many nodes read the weight or the bias."""
-        return max((counts[id(t)] for t in self._tensors()), default=1)
+        """How many nodes read the weight or the bias, or call the module that would hold them."""
+        return max([1, counts[id(self.layer)], *(counts[id(tensor)] for tensor in self._tensors())])
 
     def groups(self) -> int:
         """Groups of a convolution; a Linear is one."""
@@ -117,8 +138,8 @@ class Weights:
         if self.layer is not None:
             return getattr(self.layer, name)
         order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = {**dict(zip(order, self.node.args, strict=False)), **self.node.kwargs}
-        return given.get(name, default)
+        value = self._value(order.index(name), name)
+        return default if value is None else value
 
     def _tensors(self) -> list[torch.Tensor]:
         if self.layer is not None:
@@ -134,8 +155,7 @@ class Weights:
         return _FUNCTIONS[self.node.target][1] + (name == "bias")
 
     def _argument(self, name: str) -> Node | None:
-        position = self._position(name)
-        value = self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(name)
+        value = self._value(self._position(name), name)
         return value if isinstance(value, Node) else None
 
     def _set_argument(self, name: str, parameter: nn.Parameter) -> None:
@@ -191,7 +211,8 @@ def parameter_uses(module: TracedModule) -> Counter[int]:
     counts: Counter[int] = Counter()
     for node in module.graph.nodes:
         if node.op == "call_module":
-            counts.update(id(parameter) for parameter in module.get_submodule(str(node.target)).parameters())
+            called = module.get_submodule(str(node.target))
+            counts.update(id(held) for held in (called, *called.parameters()))
         elif node.op == "get_attr":
             counts[id(_attribute(module, str(node.target)))] += len(node.users)
     return counts
@@ -213,9 +234,7 @@ def _output_channels(weights: Weights) -> int | None:
         return weights.layer.num_channels
     if isinstance(weights.layer, nn.LayerNorm):
         return weights.layer.normalized_shape[0]
-    if weights.node.target is F.layer_norm:
-        return int(weights.node.args[1][-1])  # type: ignore[index,arg-type]
-    return None
+    return weights._normalised_length() if weights.kind == "layer_norm" else None
 
 
 def _attribute(module: TracedModule, path: str) -> torch.Tensor:

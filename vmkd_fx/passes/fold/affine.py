@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from vmkd_fx.graph.edit import computes_as, written_to
 from vmkd_fx.graph.shapes import Shape
 from vmkd_fx.graph.traced import TracedModule
 
@@ -80,6 +81,8 @@ class AffineReader:
         self.module = module
         self.shapes = shapes
         self._readings: dict[Node, ChannelAffine] = {}
+        attributes = (node for node in module.graph.nodes if node.op == "get_attr")
+        self._changing = {str(node.target) for node in attributes if written_to(node, module)}
         for node in module.graph.nodes:  # in graph order each reading finds those that it builds on
             self._readings[node] = self._reading(node)
 
@@ -154,18 +157,22 @@ class AffineReader:
     def _batch_norm(self, node: Node) -> ChannelAffine | None:
         if node.op == "call_module":
             norm = self.module.get_submodule(str(node.target))
-            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+            if not computes_as(norm, nn.modules.batchnorm._BatchNorm) or not node.args:
                 return None
             own = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
             return self._normalised(node.args[0], *own, norm.eps)
         if node.target is not F.batch_norm:
             return None
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if arguments.get("training", False) is not False:
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        tensors = [self._tensor(given.get(name)) for name in names[1:5]]
+        computed = any(
+            given.get(name) is not None and t is None for name, t in zip(names[1:5], tensors, strict=True)
+        )
+        if computed or given.get("training", False) is not False:
             return None
-        mean, var, weight, bias = (self._tensor(arguments.get(name)) for name in names[1:5])
-        return self._normalised(arguments["input"], mean, var, weight, bias, arguments.get("eps", 1e-5))
+        mean, var, weight, bias = tensors
+        return self._normalised(given["input"], mean, var, weight, bias, given.get("eps", 1e-5))
 
     def _normalised(
         self, source: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any
@@ -200,7 +207,7 @@ class AffineReader:
         """The parameter or buffer that a node reads, also through a view of it."""
         if not isinstance(value, Node):
             return None
-        if value.op == "get_attr":
+        if value.op == "get_attr" and value.target not in self._changing:
             holder, _, name = str(value.target).rpartition(".")
             found = getattr(self.module.get_submodule(holder), name)
             return found.detach() if isinstance(found, torch.Tensor) else None

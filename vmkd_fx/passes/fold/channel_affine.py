@@ -16,6 +16,7 @@ from collections import Counter
 import torch
 from torch.fx import Node
 
+from vmkd_fx.graph.edit import drop_dead_nodes, written_to
 from vmkd_fx.graph.shapes import Shape, node_shapes
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.evaluation import drop_unused
@@ -64,7 +65,7 @@ def _fold_once(module: TracedModule) -> tuple[int, int, list[Refusal]]:
         for member in reversed([n for n in module.graph.nodes if n in affine.members]):
             module.graph.erase_node(member)
         matched, behind = matched + 1, behind + (side == "behind")
-    module.graph.eliminate_dead_code()
+    drop_dead_nodes(module)
     module.recompile()
     return matched, behind, refused
 
@@ -79,6 +80,8 @@ def _absorb(
 ) -> tuple[str, str]:
     """Try the producer, then the consumer; returns the side that took it, or "" and the reasons."""
     rank = len(shapes[root])
+    if written_to(affine.base, module):
+        return "", f"{affine.base.name} before it is changed in place"
     if set(affine.base.users) <= affine.members:
         first = absorb_behind(Weights(module, affine.base), affine, rank, counts)
         if first is None:
@@ -87,5 +90,8 @@ def _absorb(
         first = f"{affine.base.name} before it is read by other nodes too"
     if len(root.users) != 1:
         return "", f"{first}; {len(root.users)} nodes read it"
-    second = absorb_before(Weights(module, next(iter(root.users))), affine, rank, counts)
+    consumer = next(iter(root.users))
+    if consumer.args[:1] != (root,) or root in consumer.args[1:]:
+        return "", f"{first}; {consumer.name} behind it does not read it as its input"
+    second = absorb_before(Weights(module, consumer), affine, rank, counts)
     return ("", f"{first}; {second}") if second else ("before", "")
