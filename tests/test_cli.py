@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,11 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
         main([verb, "--help"])
     assert stop.value.code == 0
     assert f"example: vmkd {verb}" in capsys.readouterr().out
+
+
+def test_a_full_disk_behind_standard_output() -> None:
+    command = [sys.executable, "-m", "vmkd_fx", "inspect", "test_vit"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "vmkd inspect: No space left on device\n"

@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
     try:
         parsed.run(parsed)
+        sys.stdout.flush()
     except VmkdError as error:
         print(f"vmkd {parsed.verb}: {error}", file=sys.stderr)
         return 2
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (nobody reads on: end without a word)
+    except OSError as error:  # standard output itself: a full disk behind it, say
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        print(f"vmkd {parsed.verb}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 
