@@ -189,3 +189,24 @@ def test_a_full_disk_behind_standard_output() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "vmkd inspect: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--seed", "-1"), ("run", "b", "x.png", "--top", "0")])
+def test_numbers_that_cannot_be(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert f"{arguments[-1]} is not " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["yaml", "safetensors", "timm", "pydantic"])
+def test_a_half_installed_extra_is_named(package: str, folder: Path) -> None:
+    recipe = write(folder / "r.yaml", {**RECIPE, "out": "run"})
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; "
+        f"from vmkd_fx.cli import main; sys.exit(main(['train', {recipe!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'vmkd-fx[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -16,13 +16,22 @@ from vmkd_fx.errors import RecipeError, VmkdError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a refusal, 130 for an interruption."""
-    parsed = _parser().parse_args(arguments)
+    try:
+        parsed = _parser().parse_args(arguments)
+    except KeyboardInterrupt:
+        return 130
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
     try:
         parsed.run(parsed)
         sys.stdout.flush()
     except VmkdError as error:
         print(f"vmkd {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"vmkd {parsed.verb}: the package {error.name!r} is not installed: pip install 'vmkd-fx[train]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"vmkd {parsed.verb}: interrupted", file=sys.stderr)
@@ -152,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verb("demo", _demo, "the whole way on handwritten digits", "vmkd demo --out demo-out")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default: 0)")
+    demo.add_argument(
+        "--seed", type=_whole, default=0, help="of weights, batches and augmentation (default: 0)"
+    )
 
     inspect = verb("inspect", _inspect, "print a model's anatomy", "vmkd inspect mixer_s16_224")
     inspect.add_argument("model", metavar="MODEL", help="name of a timm model")
@@ -190,9 +201,23 @@ def _parser() -> argparse.ArgumentParser:
     run = verb("run", _run, "classify images with a bundle", "vmkd run bundle photo.jpg")
     run.add_argument("bundle", metavar="BUNDLE", type=Path)
     run.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
-    run.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    run.add_argument("--top", type=_positive, default=5, help="classes to print (default: 5)")
     run.add_argument("--device", default="auto", help="auto (default), gpu or cpu")
     return parser
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is there and is no regular file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

@@ -210,7 +210,9 @@ def test_unreadable_weights(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="cannot read weights from"):
             load_weights(Student(), tmp_path / name)
     torch.save(Student(), tmp_path / "code.pth")
-    with pytest.raises(CheckpointError, match=r"cannot read weights.*weights_only"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot read weights.*neither safetensors nor a torch file of plain tensors"
+    ):
         load_weights(Student(), tmp_path / "code.pth")
     torch.save({"epoch": 3}, tmp_path / "no_tensors.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +112,7 @@ class Network:
         if self.input_shape[0] == -1:
             config.add_optimization_profile(self._optimisation_profile(profile))
         self.package.messages.errors.clear()
-        with _progress(trt, config, f"building for {self.package.title}", progress):
+        with _interruptible(), _progress(trt, config, f"building for {self.package.title}", progress):
             engine = self._builder.build_serialized_network(self._network, config)
         if engine is None:
             raise BuildError(f"{self.package.version} cannot build the network: {self._builder_errors()}")
@@ -159,6 +161,22 @@ def _collector(trt: Any) -> Any:
                 self.errors.append(re.sub(r"\.? In \w+ at /\S+?(?=\)?$)", "", message))
 
     return Collector()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C during the build is raised after it: the library's callbacks would swallow it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def check_recipe(state: ResumeState, digest: str, config: dict[str, Any], path: 
     found = "; ".join(changes) or "the student, the teachers, the method or the data differ"
     raise CheckpointError(
         f"{path} belongs to another recipe ({state.digest[:12]}, now {digest[:12]}): {found}. "
-        f"Give this recipe a folder of its own, or train with resume=False to start over"
+        f"Give this recipe a folder of its own, or start over with resume=False (vmkd train --restart)"
     )
 
 
@@ -165,12 +165,15 @@ def read_weights(path: str | os.PathLike[str], *, drop_prefix: bool = False) -> 
     """
     from timm.models import load_state_dict
 
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no weights file {path}")
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no weights file {path}") from error
     except Exception as error:
-        raise CheckpointError(f"cannot read weights from {path}: {_first_line(error)}") from error
+        reason = "it is neither safetensors nor a torch file of plain tensors"
+        raise CheckpointError(
+            f"cannot read weights from {path}: {reason} ({type(error).__name__})"
+        ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict: a mapping from names to tensors is needed")
     return {key: value for key, value in state.items() if not (drop_prefix and key.startswith(f"{PREFIX}."))}

@@ -99,6 +99,6 @@ def resolve(preset: str, overrides: dict[str, Any] | None = None) -> Method:
     for key in overrides or {}:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise RecipeError(f"method {preset!r} has no setting {key!r}{hint} It has: {', '.join(known)}")
     return replace(PRESETS[preset], **(overrides or {}))

@@ -101,17 +101,17 @@ def recorded(out: Path, digest: str) -> TrainResult | None:
         result = TrainResult(**content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); train with resume=False to start over"
+            f"{path} is damaged ({error}); start over with resume=False (vmkd train --restart)"
         ) from error
     if found != digest:
         raise CheckpointError(
             f"{out} holds a finished training of another recipe ({found[:12]}, now {digest[:12]}). "
-            f"Give this recipe a folder of its own, or train with resume=False to start over"
+            f"Give this recipe a folder of its own, or start over with resume=False (vmkd train --restart)"
         )
     if missing := [file.name for file in (result.weights, result.ema_weights) if file and not file.exists()]:
         raise CheckpointError(
             f"{path} says that the training is done, but {' and '.join(missing)} is gone; "
-            f"train with resume=False to start over"
+            f"start over with resume=False (vmkd train --restart)"
         )
     return result
 
