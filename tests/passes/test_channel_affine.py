@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vmkd_fx as vx
-from tests.models import FoldableNet, small
+from tests.models import FoldableNet, renamed, small
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.verify import logits_of, probe_images, randomise_, relative_error
@@ -213,7 +213,7 @@ def test_the_verifier_catches_a_corrupted_rewrite(
 ) -> None:
     original, corrupt = getattr(absorb, rewrite), CORRUPTIONS[corruption]
     monkeypatch.setattr(absorb, rewrite, lambda *args: corrupt(*original(*args)))
-    model = vx.trace(_renamed(FoldableNet()), input_size=(3, 32, 32))
+    model = vx.trace(renamed(FoldableNet()), input_size=(3, 32, 32))
     with pytest.raises(VerificationError, match="pass channel_affine"):
         vx.lower(model)
 
@@ -224,17 +224,9 @@ def test_the_verifier_catches_an_affine_that_is_only_removed(monkeypatch: pytest
         vx.lower(vx.trace(FoldableNet(), input_size=(3, 32, 32)))
 
 
-def _renamed(model: nn.Module) -> nn.Module:
-    """The same model whose own classes are all called something else."""
-    for part in model.modules():
-        if not type(part).__module__.startswith("torch.nn"):
-            part.__class__ = type("X", (type(part),), {})
-    return model
-
-
 def test_renamed_classes_fold_the_same() -> None:
-    plain, renamed = folded(FoldableNet()), folded(_renamed(FoldableNet()))
-    assert plain[2].matched == renamed[2].matched
+    plain, other = folded(FoldableNet()), folded(renamed(FoldableNet()))
+    assert plain[2].matched == other[2].matched
 
 
 def test_the_source_is_left_alone() -> None:

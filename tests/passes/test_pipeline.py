@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vmkd_fx as vx
-from tests.models import FAMILIES, images, small
+from tests.models import FAMILIES, images, renamed, small
 from vmkd_fx.errors import UnknownNameError, VerificationError
 from vmkd_fx.graph.verify import logits_of, randomise_, relative_error
 from vmkd_fx.passes import evaluation, pipeline
@@ -102,17 +102,47 @@ def test_a_head_of_zeros_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         vx.lower(model)
 
 
-def test_strip_is_held_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = inject_std_tokens(vx.trace(randomise_(small("mixer"))), StdConfig())
+@torch.no_grad()
+def corrupt_head(module: nn.Module, corruption: str) -> None:
+    head = module.head
+    if corruption == "dropped bias":
+        head.bias.zero_()
+    elif corruption == "flipped sign":
+        head.bias.neg_()
+    elif corruption == "one percent":
+        head.weight.mul_(1.01)
+    else:
+        head.weight.copy_(head.weight.flip(0))
+
+
+CORRUPTIONS = ("dropped bias", "flipped sign", "one percent", "wrong axis")
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_verifier_catches_weights_that_a_pass_spoiled(
+    monkeypatch: pytest.MonkeyPatch, corruption: str
+) -> None:
+    def spoils(module):
+        result, record = evaluation.specialise_to_evaluation(module)
+        corrupt_head(result, corruption)
+        return result, record
+
+    monkeypatch.setattr(pipeline, "LOWERING", (("evaluation", spoils),))
+    with pytest.raises(VerificationError, match="pass evaluation on X"):
+        vx.lower(renamed(small("mixer")))
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_strip_is_held_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, corruption: str) -> None:
+    training = inject_std_tokens(vx.trace(renamed(randomise_(small("mixer")))), StdConfig())
     original = pipeline.strip
 
-    def nudged(model, predict="class", *, copy=False):
+    def spoiled(model, predict="class", *, copy=False):
         stripped = original(model, predict, copy=copy)
-        with torch.no_grad():
-            stripped.head.weight.mul_(1 + 1e-6)
+        corrupt_head(stripped, corruption)
         return stripped
 
-    monkeypatch.setattr(pipeline, "strip", nudged)
+    monkeypatch.setattr(pipeline, "strip", spoiled)
     with pytest.raises(VerificationError, match="stripping"):
         vx.lower(training)
 
