@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import vmkd_fx as vx
+from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.verify import logits_of, randomise_, relative_error
 
 
@@ -210,3 +211,32 @@ def test_complex_parameters_stay_complex() -> None:
     lowered = vx.lower(vx.trace(model, input_size=(3, 8, 8)))
     assert lowered.filter.dtype == torch.complex64
     torch.testing.assert_close(lowered(x), model(x))
+
+
+def test_a_mask_of_infinities_is_no_overflow() -> None:
+    class Masked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]).repeat(4).view(8, 1, 1))
+
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.exp(self.bn(self.conv(x)) + self.mask)
+
+    model = Masked().eval()
+    x = torch.randn(2, 3, 8, 8)
+    lowered = vx.lower(vx.trace(model, input_size=(3, 8, 8)))
+    torch.testing.assert_close(lowered(x), model(x))
+
+
+def test_what_does_not_fit_into_half_is_refused() -> None:
+    class Steep(Net):
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.conv(x))
+
+    model = Steep().eval()
+    with torch.no_grad():
+        model.conv.weight.fill_(1)
+        model.bn.weight.fill_(250)
+        model.bn.running_var.fill_(1e-7)
+    with pytest.raises(VerificationError, match=r"does not fit into torch\.float16"):
+        vx.lower(vx.trace(model.half(), input_size=(3, 8, 8)))

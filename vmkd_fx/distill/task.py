@@ -19,6 +19,7 @@ from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.std_tokens import NAME as STD
+from vmkd_fx.passes.std_tokens import predicted
 
 
 class Predictor(nn.Module):
@@ -35,13 +36,7 @@ class Predictor(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         outputs = self.student(images)
-        if not isinstance(outputs, dict):
-            return outputs
-        heads = [value for name, value in outputs.items() if name.startswith(f"{STD}/")]
-        if self.predict == "class" or not heads:
-            return outputs[LOGITS]
-        mean = torch.stack(heads).mean(0)
-        return mean if self.predict == "dist" else (outputs[LOGITS] + mean) / 2
+        return predicted(outputs, self.predict) if isinstance(outputs, dict) else outputs
 
 
 class DistillationTask(TrainingTask):

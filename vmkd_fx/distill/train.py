@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
@@ -16,8 +14,6 @@ from vmkd_fx.distill.trainer import fit
 from vmkd_fx.distill.wrap import wrap
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import class_count
-
-_logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> TrainResult:

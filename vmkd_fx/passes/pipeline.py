@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from vmkd_fx.errors import UnknownNameError, VerificationError
-from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.receipt import undo
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count, reference_tensor
 from vmkd_fx.graph.trace import trace
@@ -22,7 +21,8 @@ from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, 
 from vmkd_fx.passes.evaluation import specialise_to_evaluation
 from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
 from vmkd_fx.passes.record import LoweringPass, Record
-from vmkd_fx.passes.std_tokens import keep_as_prediction
+from vmkd_fx.passes.std_tokens import NAME as STD
+from vmkd_fx.passes.std_tokens import keep_as_prediction, predicted
 from vmkd_fx.steps import Ledger, Step
 from vmkd_fx.target import parse_target
 
@@ -134,8 +134,9 @@ def _run_passes(source: TracedModule) -> tuple[TracedModule, list[Step]]:
         "refused": (),
     }
     for name, tensor in _floats(work):
+        was_finite = torch.isfinite(tensor)  # a mask may hold infinities of its own
         tensor.data = tensor.to(precisions.get(name, dtype))
-        if not bool(torch.isfinite(tensor).all()):
+        if not torch.equal(torch.isfinite(tensor), was_finite):
             raise VerificationError(f"lowering {source.info.name}: {name} does not fit into {tensor.dtype}")
     return work, [*steps, replace(steps[-1], name="lowered", **total)]
 
@@ -162,13 +163,7 @@ def _outcome(record: Record, error: float | None) -> dict[str, Any]:
 def _check_strip(training: TracedModule, stripped: TracedModule, predict: str) -> Step:
     """Stripping is exact: bit for bit for the class head, and up to rounding for an average of heads."""
     images = probe_images(training, batch=1)
-    outputs = outputs_of(training, images)
-    heads = [value for name, value in outputs.items() if name.startswith("std/")]
-    expected = outputs[LOGITS]
-    if predict != "class":
-        expected = torch.stack(heads).mean(0)
-    if predict == "mean":
-        expected = (expected + outputs[LOGITS]) / 2
+    expected = predicted(outputs_of(training, images), predict)
     tolerance = 0.0 if predict == "class" else 1e-6
     error = check_equal(expected, logits_of(stripped, images), tolerance, f"stripping {training.info.name}")
     taken = ", ".join(receipt.name for receipt in training.receipts)
@@ -179,7 +174,7 @@ def _check_strip(training: TracedModule, stripped: TracedModule, predict: str) -
 
 
 def _accuracies(training: TracedModule, evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
-    has_heads = any(receipt.name == "std" for receipt in training.receipts)
+    has_heads = any(receipt.name == STD for receipt in training.receipts)
     predictions = PREDICTIONS if has_heads else PREDICTIONS[:1]
     return {predict: float(evaluate(strip(training, predict).eval())) for predict in predictions}
 

@@ -17,6 +17,7 @@ The readings that reproduce STD table 2: one pair, its own MLPs and head for eac
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -146,6 +147,19 @@ def inject_std_tokens(module: TracedModule, config: StdConfig) -> TracedModule:
         )
         injection.emit(str(teacher), injection.call(f"teacher_{teacher}.head", head, seen, after=seen))
     return injection.finish()
+
+
+def predicted(outputs: Mapping[str, torch.Tensor], predict: str) -> torch.Tensor:
+    """The logits (B, C) that a student's outputs stand for (STD table 6).
+
+    "class" is the class head, "dist" the mean of the distillation heads, "mean" the average of the two;
+    without heads all three are the class head.
+    """
+    heads = [value for name, value in outputs.items() if name.startswith(f"{NAME}/")]
+    if predict == "class" or not heads:
+        return outputs[LOGITS]
+    mean = torch.stack(heads).mean(0)
+    return mean if predict == "dist" else (outputs[LOGITS] + mean) / 2
 
 
 def keep_as_prediction(module: TracedModule, predict: str) -> TracedModule:
