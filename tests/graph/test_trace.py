@@ -190,21 +190,21 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))
         self.head = nn.Linear(3, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)
-        return self.head(x.mean((2, 3))) * self.calls
+        self.count.add_(1)
+        return self.head(x.mean((2, 3))) * self.count
 
 
 def test_a_buffer_that_forward_writes_is_written_by_the_graph_and_not_by_tracing() -> None:
     model = Counting()
     graph = vx.trace(model, input_size=(3, 32, 32))
-    assert model.calls == 0
+    assert model.count == 0
     x = images()
     assert torch.equal(graph(x), Counting.forward(model, x) / 2)
-    assert model.calls == 2
+    assert model.count == 2
 
 
 class Detached(nn.Module):

@@ -16,8 +16,8 @@ from vmkd_fx.distill.losses import HardDistillation, SoftDistillation, TeacherLo
 from vmkd_fx.distill.methods import Method
 from vmkd_fx.distill.teachers import Teacher
 from vmkd_fx.graph.edit import LOGITS
-from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.passes.std_tokens import NAME as STD
 from vmkd_fx.passes.std_tokens import predicted
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from vmkd_fx.errors import ModelError, UnknownNameError
 from vmkd_fx.graph.info import ModelInfo, model_info
-from vmkd_fx.graph.shapes import class_count, reference_tensor
+from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.share import shared_view, unwrapped
+from vmkd_fx.graph.values import reference_tensor
 
 _logger = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.nodes import OWNER
 from vmkd_fx.graph.receipt import PREFIX, Receipt
 from vmkd_fx.graph.traced import TracedModule
 
@@ -96,6 +97,13 @@ class Injection:
         self.nodes.append(node.name)
         return node
 
+    def keep(self, node: Node) -> Node:
+        """A copy of what `node` holds, made before anything can write over it."""
+        with self.module.graph.inserting_after(node):
+            copy = self.module.graph.call_method("clone", (node,))
+        self.nodes.append(copy.name)
+        return copy
+
     def emit(self, name: str, node: Node) -> None:
         """Let `node` leave through the graph's output as `<pass>/<name>`."""
         self.outputs[f"{self.name}/{name}"] = node
@@ -158,22 +166,43 @@ def written_to(node: Node, module: nn.Module) -> bool:
     return False
 
 
+def overwritten(node: Node, module: nn.Module) -> bool:
+    """Whether some node writes into this node's value, or into what it is a view of."""
+    base = node
+    while _may_be_a_view(base, module) and base.all_input_nodes:
+        base = base.all_input_nodes[0]
+    return written_to(base, module)
+
+
 def _may_be_a_view(node: Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), (nn.Identity, nn.Flatten, nn.Unflatten))
+        kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+        return isinstance(module.get_submodule(str(node.target)), kinds)
+    return is_view(node)
+
+
+def is_view(node: Node) -> bool:
+    """Whether the result of a function or method may share memory with its operand."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _VIEWS
+    return node.op in ("call_method", "call_function") and name in _VIEWS
 
 
 def drop_dead_nodes(module: TracedModule) -> None:
     """Remove what nobody reads, but not what writes into something that is read."""
-    module.graph.eliminate_dead_code(
+    drop_dead(module.graph, module)
+
+
+def drop_dead(graph: Graph, module: nn.Module) -> None:
+    """`drop_dead_nodes` for a graph over `module` that is not compiled yet."""
+    graph.eliminate_dead_code(
         lambda node: node.is_impure() or (node.op != "get_attr" and changes_in_place(node, module))
     )
 
 
 def owner(node: Node) -> str:
     """Path of the module whose forward holds the node; "" for the root."""
+    if OWNER in node.meta:
+        return str(node.meta[OWNER])
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if node.op == "call_module" and stack:
         stack = stack[:-1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timm.models import get_model_args
+from timm.models._input import get_model_input_config
 from torch import nn
 
 from vmkd_fx.errors import ModelError
@@ -26,6 +28,7 @@ class ModelInfo:
         interpolation, crop_pct: of its evaluation transform, in timm's terms.
         num_prefix_tokens: class, distillation and register tokens before the patches.
         fixed_input_size: whether other image sizes are refused by the model.
+        options: keyword arguments that timm made it with, as far as timm remembers them.
     """
 
     name: str
@@ -37,6 +40,7 @@ class ModelInfo:
     crop_pct: float = 0.875
     num_prefix_tokens: int = 0
     fixed_input_size: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     def need_input_size(self) -> tuple[int, int, int]:
         """The input size, or an error that says how to give it."""
@@ -66,6 +70,7 @@ def model_info(model: nn.Module, input_size: tuple[int, int, int] | None = None)
         crop_pct=config.get("crop_pct") or 0.875,
         num_prefix_tokens=getattr(model, "num_prefix_tokens", 0) or 0,
         fixed_input_size=bool(config.get("fixed_input_size", False)),
+        options=get_model_args(model),
     )
 
 
@@ -82,17 +87,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _input_size(model: nn.Module, config: dict[str, Any]) -> tuple[int, int, int] | None:
-    """The size of the embedding that was built wins over the published one, which `img_size=` leaves
-    unchanged.
-    """
+    """The size that the model was made for, else the published one, which `img_size=` leaves unchanged."""
+    if hasattr(model, "_traits") and (made_for := get_model_input_config(model).get("input_size")):
+        return tuple(made_for)
     published = config.get("input_size")
-    channels = (
-        getattr(model, "in_chans", None) or (published[0] if published else None) or _stem_channels(model)
-    )
+    channels = getattr(model, "in_chans", None) or (published or (None,))[0] or _stem_channels(model)
     for module in model.modules():
         size = getattr(module, "img_size", None)
-        if isinstance(size, int):
-            size = (size, size)
+        size = (size, size) if isinstance(size, int) else size
         if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(edge, int) for edge in size):
             return (channels, *size)
     return (channels, *published[1:]) if published else None

@@ -8,6 +8,7 @@ the nodes of a module differ, that module is closed, which keeps its own flag.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -16,6 +17,12 @@ from torch.fx import Graph, Node
 
 from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.edit import owner
+from vmkd_fx.graph.nodes import OWNER
+
+_READS = (
+    *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod),
+    *(operator.truediv, operator.neg, operator.eq, operator.ne, operator.gt, operator.lt),
+)
 
 
 class ModeSwitch(nn.Module):
@@ -31,6 +38,14 @@ class ModeSwitch(nn.Module):
 
     def extra_repr(self) -> str:
         return f"train={self.in_training!r}, eval={self.in_evaluation!r}"
+
+
+def drop_unread(graph: Graph) -> None:
+    """Remove numbers, shapes and parameters that nobody reads: one mode may look at what another does not."""
+    for node in reversed(list(graph.nodes)):
+        reads = node.op == "get_attr" or node.target in _READS or str(node.target) in ("size", "dim")
+        if reads and not node.users:
+            graph.erase_node(node)
 
 
 def differing_modules(training: Graph, evaluation: Graph) -> list[str]:
@@ -92,15 +107,18 @@ def insert_mode_switches(root: nn.Module, training: Graph, evaluation: Graph) ->
             count += 1
             with training.inserting_before(node):
                 switch = training.call_module(_install(root, owner(node), ModeSwitch(ours, theirs)))
-            switch.meta["nn_module_stack"] = {
-                **node.meta.get("nn_module_stack", {}),
-                str(switch.target): (switch.target, ModeSwitch),
-            }
+            switch.meta[OWNER] = owner(node)
             return switch
 
         node.args = merged(node.args, other.args)
         node.kwargs = merged(node.kwargs, other.kwargs)
     return count
+
+
+def switches_of(root: nn.Module, path: str) -> list[str]:
+    """Paths of the switches that belong to the module at `path`."""
+    children = root.get_submodule(path)._modules.items()
+    return [f"{path}.{name}".lstrip(".") for name, child in children if isinstance(child, ModeSwitch)]
 
 
 def _install(root: nn.Module, path: str, switch: ModeSwitch) -> str:

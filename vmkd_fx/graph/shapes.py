@@ -9,35 +9,32 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.fx
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.rules import Sized
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import NodeValues, evaluating, reference_tensor
 
 Shape = tuple[int, ...]
 
 
-class _Recorder(torch.fx.Interpreter):
-    def __init__(self, module: TracedModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[Node, Shape] = {}
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
-            self.shapes[n] = tuple(result.shape)
-        return result
-
-
 def node_shapes(module: TracedModule, batch: int = 2) -> dict[Node, Shape]:
-    """The shape of each node's value for a batch of images; nodes that hold no tensor are left out."""
-    recorder = _Recorder(module)
-    _on_fake_images(recorder.run, module, module.info.need_input_size(), batch)
-    return recorder.shapes
+    """The shape of each node's value for a batch of images; nodes that hold no tensor are left out.
+
+    Raises:
+        ModelError: such images do not pass through the model.
+    """
+    size = module.info.need_input_size()
+    values = NodeValues(module, (batch, *size))
+    try:
+        held = {node: values.of(node) for node in module.graph.nodes}
+    except Exception as error:
+        raise _do_not_pass(size, error) from error
+    return {node: tuple(value.shape) for node, value in held.items() if isinstance(value, Sized)}
 
 
 def multiply_adds(module: nn.Module, input_size: Shape) -> int:
@@ -73,11 +70,6 @@ def class_count(module: nn.Module, input_size: Shape) -> int:
     return logits.shape[1]
 
 
-def reference_tensor(module: nn.Module) -> torch.Tensor:
-    """A tensor of the dtype and on the device that the module's images have: its first real parameter."""
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-
-
 def parameter_count(module: nn.Module) -> int:
     """Parameters, each shared one counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -90,13 +82,12 @@ def _norm_operations(x: Shape, *_: Any, **__: Any) -> int:
 
 def _on_fake_images(run: Callable[[torch.Tensor], Any], module: nn.Module, size: Shape, batch: int) -> None:
     reference = reference_tensor(module)
-    modes = {part: part.training for part in module.modules()}
     try:
-        module.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with evaluating(module), FakeTensorMode(allow_non_fake_inputs=True):
             run(torch.empty(batch, *size, dtype=reference.dtype, device=reference.device))
     except Exception as error:
-        raise ModelError(f"images of size {tuple(size)} do not pass through the model: {error}") from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+        raise _do_not_pass(size, error) from error
+
+
+def _do_not_pass(size: Shape, error: Exception) -> ModelError:
+    return ModelError(f"images of size {tuple(size)} do not pass through the model: {error}")

@@ -13,8 +13,8 @@ from torch import nn
 
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.edit import LOGITS
-from vmkd_fx.graph.shapes import reference_tensor
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import evaluating, reference_tensor
 
 TOLERANCE = 1e-12
 """Relative, in float64: rounding of a few hundred operations, each good to 1e-16."""
@@ -74,14 +74,8 @@ def outputs_of(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
     """All outputs in eval mode by name, a bare tensor as "logits"; the module's own modes stay as they
     are.
     """
-    modes = {part: part.training for part in module.modules()}
-    try:
-        module.eval()
-        with torch.no_grad():
-            output = module(images)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(module), torch.no_grad():
+        output = module(images)
     return output if isinstance(output, dict) else {LOGITS: output}
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from vmkd_fx.errors import UnknownNameError, VerificationError
 from vmkd_fx.graph.receipt import undo
-from vmkd_fx.graph.shapes import multiply_adds, parameter_count, reference_tensor
+from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images, randomise_
 from vmkd_fx.passes.evaluation import specialise_to_evaluation
 from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
