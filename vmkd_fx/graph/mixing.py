@@ -1,29 +1,41 @@
-"""Does a piece of graph mix tokens? Answered from what its operations do with the axes that hold the
-locations.
+"""Does a piece of graph mix tokens? Answered from what its operations do with the locations.
 
-A branch mixes tokens when changing one location of its input changes another of its output. The axes that
-carry locations are followed through the graph; an operation that sums, normalises or convolves over one of
-them mixes.
+A branch mixes tokens when changing one location of its input changes another of its output. The branch is run
+on location numbers instead of data (`locations.py`): it mixes when some element comes to depend on two
+locations, or on one that is not its own. Neither weights nor images are needed, nor a name of a class.
+`perturb.py` asks the same of the numbers that the model computes.
 """
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
+from torch.fx.node import map_arg
 
+from vmkd_fx.graph.edit import changes_in_place, is_view
+from vmkd_fx.graph.locations import (
+    OWN_MEMORY,
+    Located,
+    Mixed,
+    NotUnderstood,
+    Written,
+    gather,
+    nowhere,
+    number_locations,
+)
 from vmkd_fx.graph.shapes import Shape
+from vmkd_fx.graph.share import shared_view
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import evaluating, reference_tensor
 
 Axes = frozenset[int]
+
+_WITHOUT_VALUE = (_enter_autocast, _exit_autocast, torch._assert)
 
 
 @dataclass(frozen=True)
@@ -36,299 +48,195 @@ class Mixing:
     by: str = ""
 
 
-class _Verdict(Exception):  # noqa: N818 (control flow, not a failure)
-    def __init__(self, mixes: bool | None, by: str) -> None:
-        self.mixing = Mixing(mixes, by)
-
-
-_ELEMENTWISE = {
-    *(
-        operator.add,
-        operator.iadd,
-        operator.sub,
-        operator.mul,
-        operator.imul,
-        operator.truediv,
-        operator.neg,
-        operator.pow,
-    ),
-    *(
-        torch.add,
-        torch.sub,
-        torch.mul,
-        torch.div,
-        torch.addcmul,
-        torch.exp,
-        torch.sigmoid,
-        torch.tanh,
-        torch.relu,
-    ),
-    *(torch.rsqrt, torch.sqrt, torch.abs, torch.clamp, torch.where, torch.square),
-    *(
-        F.gelu,
-        F.relu,
-        F.silu,
-        F.sigmoid,
-        F.tanh,
-        F.dropout,
-        F.hardswish,
-        F.hardsigmoid,
-        F.softplus,
-        F.elu,
-        F.mish,
-    ),
-    *(F.leaky_relu, F.relu6, F.hardtanh),
-    *(
-        "add",
-        "add_",
-        "sub",
-        "sub_",
-        "mul",
-        "mul_",
-        "div",
-        "div_",
-        "neg",
-        "pow",
-        "exp",
-        "sigmoid",
-        "tanh",
-        "relu",
-        "relu_",
-    ),
-    *(
-        "clone",
-        "contiguous",
-        "float",
-        "half",
-        "double",
-        "to",
-        "type_as",
-        "detach",
-        "rsqrt",
-        "sqrt",
-        "square",
-        "clamp",
-    ),
-    *("gelu", "silu", "abs", "addcmul"),
-}
-_MATMUL = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
-_REDUCE = {
-    torch.mean,
-    torch.sum,
-    torch.amax,
-    torch.max,
-    torch.var,
-    torch.std,
-    "mean",
-    "sum",
-    "amax",
-    "max",
-    "var",
-    "std",
-}
-_CONV = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d}
-_RESHAPE = {torch.reshape, torch.flatten, "reshape", "view", "flatten", "unflatten"}
-_POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
-    *(nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm),
-    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.ELU, nn.LeakyReLU, nn.Mish, nn.Softplus, nn.PReLU, nn.Hardtanh),
-)
-
-
 def mixes_tokens(
     module: TracedModule, shapes: Mapping[Node, Shape], nodes: Iterable[Node], entry: Node, axes: Axes
 ) -> Mixing:
-    """Whether the branch `nodes`, which reads `entry` with locations on `axes`, mixes tokens."""
-    carried: dict[Node, Axes] = {entry: axes}
-    modules = dict(module.named_modules())
-    try:
-        for node in nodes:
-            sources = [source for source in node.all_input_nodes if source in carried]
-            if sources and node in shapes:
-                carried[node] = _follow(node, modules, shapes, carried)
-            elif sources and _is_tuple_of_tensors(node):
-                carried[node] = carried[sources[0]]
-    except _Verdict as verdict:
-        return verdict.mixing
-    return Mixing(False)
+    """Whether the branch `nodes`, which reads `entry` with locations on `axes`, mixes tokens.
 
-
-def _follow(
-    node: Node, modules: Mapping[str, nn.Module], shapes: Mapping[Node, Shape], carried: Mapping[Node, Axes]
-) -> Axes:
-    """The location axes of the node's value, or a verdict."""
-    source = next(n for n in node.all_input_nodes if n in carried)
-    axes, rank = carried[source], len(shapes[node])
-    if node.op == "call_module":
-        return _through_module(modules[str(node.target)], str(node.target), axes, shapes[source])
-    target: Any = node.target
-    args: tuple[Any, ...] = node.args
-    if target in _ELEMENTWISE or getattr(target, "__name__", "") in ("drop_path",):
-        joined: set[int] = set()
-        for operand in node.all_input_nodes:
-            if operand in carried and operand in shapes:
-                joined |= {axis + rank - len(shapes[operand]) for axis in carried[operand]}
-        return frozenset(joined)
-    if target in (torch.transpose, "transpose", "swapaxes"):
-        one, two = (int(axis) % rank for axis in args[1:3])
-        return frozenset({one: two, two: one}.get(axis, axis) for axis in axes)
-    if target in (torch.permute, "permute"):
-        order = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-        return frozenset(new for new, old in enumerate(order) if int(old) % rank in axes)
-    if target in _RESHAPE:
-        return reshaped_axes(shapes[source], shapes[node], axes)
-    return _through_function(node, target, axes, shapes, carried)
-
-
-def _through_function(
-    node: Node, target: Any, axes: Axes, shapes: Mapping[Node, Shape], carried: Mapping[Node, Axes]
-) -> Axes:
-    source = next(n for n in node.all_input_nodes if n in carried)
-    args: tuple[Any, ...] = node.args
-    rank = len(shapes[source]) if source in shapes else len(shapes[node])
-    last = rank - 1
-    if target is F.linear:
-        _mixed_if(last in axes, "linear over tokens")
-        return axes
-    if target in (F.layer_norm, getattr(F, "rms_norm", F.layer_norm)):
-        _mixed_if(any(axis >= rank - len(args[1]) for axis in axes), "norm over tokens")
-        return axes
-    if target in (F.group_norm, F.instance_norm):
-        _mixed_if(any(axis > 1 for axis in axes), "norm over tokens")
-        return axes
-    if target is F.batch_norm:
-        return axes
-    if target is F.scaled_dot_product_attention:
-        _mixed_if(last - 1 in axes, "attention")
-        return axes
-    if target in _MATMUL:
-        return _through_matmul(node, shapes, carried)
-    if target in (F.softmax, torch.softmax, "softmax"):
-        dim: Any = node.kwargs.get("dim", args[1] if len(args) > 1 else -1)
-        _mixed_if(int(dim) % rank in axes, "softmax over tokens")
-        return axes
-    if target in _REDUCE:
-        return _through_reduction(node, axes, rank, len(shapes[node]))
-    if target in (F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d):
-        raise _Verdict(True, "pooling")
-    if target in _CONV:
-        weight = shapes.get(args[1], ())
-        return _through_convolution(tuple(weight[2:]), axes)
-    if target in (torch.chunk, torch.split, "chunk", "split", torch.unbind, "unbind", operator.getitem):
-        return _through_selection(node, target, axes, shapes, source)
-    if target in (torch.unsqueeze, "unsqueeze"):
-        at = int(args[1]) % (rank + 1)
-        return frozenset(axis + (axis >= at) for axis in axes)
-    if target in (torch.roll, "roll"):
-        raise _Verdict(True, "shift")
-    raise _Verdict(None, f"{getattr(target, '__name__', target)} is not understood")
-
-
-def _through_module(module: nn.Module, path: str, axes: Axes, shape: Shape) -> Axes:
-    if isinstance(module, nn.Linear):
-        _mixed_if(len(shape) - 1 in axes, "linear over tokens")
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        return _through_convolution(tuple(module.kernel_size), axes)
-    elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "RMSNorm":
-        spanned = len(module.normalized_shape)  # type: ignore[arg-type]
-        _mixed_if(any(axis >= len(shape) - spanned for axis in axes), "norm over tokens")
-    elif isinstance(module, (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
-        _mixed_if(any(axis > 1 for axis in axes), "norm over tokens")
-    elif isinstance(module, (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd)):
-        raise _Verdict(True, "pooling")
-    elif isinstance(module, nn.MultiheadAttention):
-        raise _Verdict(True, "attention")
-    elif not isinstance(module, _POINTWISE_MODULES) and not _hands_input_on(module, len(shape)):
-        raise _Verdict(None, f"{path} ({type(module).__name__}) is closed")
-    return axes
-
-
-def _hands_input_on(module: nn.Module, rank: int) -> bool:
-    """Whether a closed module, a stochastic depth say, is the identity in eval mode."""
-    x = torch.arange(2.0**rank).reshape([2] * rank)
-    try:
-        return torch.equal(copy.deepcopy(module).eval()(x), x)
-    except Exception:
-        return False
-
-
-def _through_convolution(kernel: Shape, axes: Axes) -> Axes:
-    _mixed_if(1 in axes, "convolution over tokens as channels")
-    wide = any(axis >= 2 and kernel[axis - 2] > 1 for axis in axes)
-    _mixed_if(wide, f"{'x'.join(map(str, kernel))} convolution")
-    return axes
-
-
-def _through_matmul(node: Node, shapes: Mapping[Node, Shape], carried: Mapping[Node, Axes]) -> Axes:
-    left, right = node.args[0], node.args[1]
-    joined: set[int] = set()
-    for operand, contracted in ((left, -1), (right, -2)):
-        if isinstance(operand, Node) and operand in carried:
-            rank = len(shapes[operand])
-            _mixed_if(rank + contracted in carried[operand], "matrix product over tokens")
-            joined |= {axis + len(shapes[node]) - rank for axis in carried[operand]}
-    return frozenset(joined)
-
-
-def _through_reduction(node: Node, axes: Axes, rank: int, new_rank: int) -> Axes:
-    dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else tuple(range(rank)))
-    gone = {int(axis) % rank for axis in (dim if isinstance(dim, (tuple, list)) else (dim,))}
-    _mixed_if(bool(gone & axes), "pooling")
-    if new_rank == rank:
-        return axes
-    return frozenset(axis - sum(other < axis for other in gone) for axis in axes)
-
-
-def _through_selection(
-    node: Node, target: Any, axes: Axes, shapes: Mapping[Node, Shape], source: Node
-) -> Axes:
-    """Chunks keep the axes; an integer index or unbind removes one in front of those behind it."""
-    if target is not operator.getitem:
-        return axes
-    before = shapes.get(source) or shapes.get(source.all_input_nodes[0], ())
-    lost = len(before) - len(shapes[node])
-    index = node.args[1]
-    if isinstance(index, tuple) and any(isinstance(part, (slice, int)) for part in index):
-        cut = {at for at, part in enumerate(index) if part != slice(None) and part is not Ellipsis}
-        _mixed_if(bool(cut & axes), "selection of tokens")
-    return frozenset(axis - lost for axis in axes)
-
-
-def reshaped_axes(before: Shape, after: Shape, axes: Axes) -> Axes:
-    """Which axes of `after` hold what `axes` of `before` held, by cutting both shapes into groups of equal
-    size.
+    What the branch reads besides is taken as given.
     """
-    old, new, found = 0, 0, set()
-    while old < len(before) and new < len(after):
-        old_end, new_end = old + 1, new + 1
-        while prod(before[old:old_end]) != prod(after[new:new_end]):
-            if prod(before[old:old_end]) < prod(after[new:new_end]):
-                old_end += 1
-            else:
-                new_end += 1
-        if any(old <= axis < old_end for axis in axes):
-            found |= _within_group(before[old:old_end], after[new:new_end], {a - old for a in axes}, new)
-        old, new = old_end, new_end
-    return frozenset(found)
+    program = branch_program(module, tuple(nodes), entry)
+    if not program:
+        return Mixing(False)
+    start = number_locations(shapes[entry], axes)
+    try:
+        end = _run(module, shapes, program, entry, start)
+    except Mixed as answer:
+        return Mixing(True, str(answer))
+    except NotUnderstood as answer:
+        return Mixing(None, str(answer))
+    if not isinstance(end, torch.Tensor):
+        return Mixing(None, "the branch ends in no tensor")
+    if not isinstance(end, Located):
+        return Mixing(False)
+    return Mixing(False) if in_place(end.locations, start) else Mixing(True, "tokens change places")
 
 
-def _within_group(before: Shape, after: Shape, axes: set[int], offset: int) -> set[int]:
-    """Inside one group, an axis that is not the only one touched spreads over the group's matching part."""
-    at = min(axis for axis in axes if axis >= 0)
-    lead = prod(before[:at])
-    size = prod(before[axis] for axis in axes if 0 <= axis < len(before))
-    found, passed = set(), 1
-    for index, edge in enumerate(after):
-        if edge > 1 and passed >= lead and passed * edge <= lead * size:
-            found.add(offset + index)
-        passed *= edge
-    return found or {offset + index for index in range(len(after))}
+def in_place(end: torch.Tensor, start: torch.Tensor) -> bool:
+    """Whether what leaves a branch at each location comes from there.
+
+    In another layout or at another resolution it is enough that the locations come in the same order: as a
+    sequence, or along every axis.
+    """
+    if end.shape == start.shape:
+        return bool(((end == start) | (end == 0)).all())
+    end, start = _without_channels(end), _without_channels(start)
+    found = end.flatten()
+    found = found[found != 0]
+    if bool((found[1:] > found[:-1]).all()):
+        return True
+    grid, end = [length for length in start.shape if length > 1], end.squeeze()
+    if len(grid) != end.ndim or bool((end == 0).any()):
+        return False
+    places = torch.unravel_index(end.long() - 1, grid)
+    steps = [(axis, own, at.diff(dim=axis)) for own, at in enumerate(places) for axis in range(end.ndim)]
+    return all(bool((step >= 0).all() if axis == own else (step == 0).all()) for axis, own, step in steps)
 
 
-def _mixed_if(condition: bool, by: str) -> None:
-    if condition:
-        raise _Verdict(True, by)
+def _without_channels(numbers: torch.Tensor) -> torch.Tensor:
+    """Length one on every axis along which the location stays the same."""
+    for axis in range(numbers.ndim):
+        try:
+            numbers = gather(numbers, (axis,), "")
+        except Mixed:
+            continue
+    return numbers
 
 
-def _is_tuple_of_tensors(node: Node) -> bool:
-    return node.target in (torch.chunk, torch.split, "chunk", "split", torch.unbind, "unbind")
+def branch_program(module: TracedModule, nodes: tuple[Node, ...], entry: Node) -> list[Node]:
+    """What has to run behind `entry` to compute the last of `nodes`, in order: they, what they read that is
+    computed later than `entry`, and what writes into any of it.
+    """
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    behind = [node for node in nodes if order[node] > order[entry]]
+    if not behind:
+        return []
+    last = max(behind, key=order.__getitem__)
+    writers = writers_between(module, entry, last)
+    needed = {*behind, *writers.get(entry, ())}
+    todo = [*needed]
+    while todo:
+        node = todo.pop()
+        for other in (*node.all_input_nodes, *writers.get(node, ())):
+            if other not in needed and order[other] > order[entry]:
+                needed.add(other)
+                todo.append(other)
+    return sorted(needed, key=order.__getitem__)
+
+
+def writers_between(module: TracedModule, first: Node, last: Node) -> dict[Node, list[Node]]:
+    """The nodes between two that write into each node's value, directly or through a view of it."""
+    found: dict[Node, list[Node]] = {}
+    node = first.next
+    while node is not last:
+        target = node.args[0] if node.args else None
+        if node.op != "get_attr" and isinstance(target, Node) and changes_in_place(node, module):
+            while isinstance(target, Node):
+                found.setdefault(target, []).append(node)
+                target = target.args[0] if is_view(target) and target.args else None
+        node = node.next
+    return found
+
+
+def _run(
+    module: TracedModule, shapes: Mapping[Node, Shape], program: list[Node], entry: Node, start: torch.Tensor
+) -> Any:
+    """What the branch ends in."""
+    with torch.no_grad():
+        try:
+            return _Run(module, shapes, program, entry, start).of(program[-1])
+        except Written:
+            pass
+        token = OWN_MEMORY.set(True)
+        try:
+            return _Run(module, shapes, program, entry, start.clone()).of(program[-1])
+        finally:
+            OWN_MEMORY.reset(token)
+
+
+class _Run:
+    """The branch on location numbers. A value from outside has its shape and no data, unless it is made of
+    parameters, buffers and numbers alone: then it is computed, for it may be an index.
+    """
+
+    def __init__(
+        self,
+        module: TracedModule,
+        shapes: Mapping[Node, Shape],
+        program: list[Node],
+        entry: Node,
+        numbers: torch.Tensor,
+    ) -> None:
+        self.module, self.shapes = module, shapes
+        self.reference = reference_tensor(module)
+        self.written = set(writers_between(module, entry, program[-1].next))
+        self.known: dict[Node, Any] = {entry: Located(numbers, self.reference.dtype, self.reference.device)}
+        self.from_images: set[Node] = set()
+        for node in program:
+            self.of(node)
+
+    def of(self, node: Node) -> Any:
+        """The node's value."""
+        todo = [node]
+        while todo:
+            current = todo[-1]
+            missing = [source for source in current.all_input_nodes if source not in self.known]
+            if missing:
+                todo += missing
+                continue
+            if current not in self.known:
+                value = self._compute(current)
+                is_plain = isinstance(value, torch.Tensor) and not isinstance(value, Located)
+                self.known[current] = nowhere(value) if is_plain and current in self.written else value
+            todo.pop()
+        return self.known[node]
+
+    def _compute(self, node: Node) -> Any:
+        if node.op == "placeholder" or self._reads_images(node):
+            self.from_images.add(node)
+            if node in self.shapes:
+                return torch.zeros(
+                    self.shapes[node], dtype=self.reference.dtype, device=self.reference.device
+                )
+        if node.op == "get_attr":
+            return _attribute(self.module, str(node.target))
+        if node.target in _WITHOUT_VALUE:
+            return None
+        args = map_arg(node.args, self.known.__getitem__)
+        kwargs: dict[str, Any] = map_arg(node.kwargs, self.known.__getitem__)
+        try:
+            return self._call(node, args, kwargs)
+        except (Mixed, NotUnderstood, Written):
+            raise
+        except Exception as error:
+            what = getattr(node.target, "__name__", node.target)
+            raise NotUnderstood(f"{what} is not understood: {str(error).splitlines()[0][:100]}") from error
+
+    def _call(self, node: Node, args: Any, kwargs: dict[str, Any]) -> Any:
+        if node.op == "call_module":
+            target = self.module.get_submodule(str(node.target))
+            if not type(target).__module__.startswith("torch.nn"):
+                target = shared_view(target, throwaway=True)  # it may keep what it computed
+            with evaluating(target):
+                return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _reads_images(self, node: Node) -> bool:
+        """Whether a value depends on the images' data, and on no location of the branch."""
+        values = [self.known[source] for source in node.all_input_nodes]
+        if any(isinstance(item, Located) for value in values for item in _flat(value)):
+            return False
+        asks = node.target is getattr or str(node.target) in ("size", "dim")
+        return not asks and any(source in self.from_images for source in node.all_input_nodes)
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(parent), name)
