@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from vmkd_fx.errors import MatchError, RecipeError
-from vmkd_fx.graph.anatomy import Anatomy, Block, anatomy
+from vmkd_fx.graph.anatomy import anatomy
 from vmkd_fx.graph.edit import LOGITS, Injection, drop_dead_nodes, named_outputs, set_outputs
-from vmkd_fx.graph.shapes import reference_tensor
+from vmkd_fx.graph.parts import Anatomy, Block
 from vmkd_fx.graph.traced import TracedModule, fork
+from vmkd_fx.graph.values import reference_tensor
 
 NAME = "std"
 
@@ -122,8 +123,9 @@ class SpatialChannelTokens(nn.Module):
         return torch.cat([spatial.squeeze(1), channel.squeeze(2)], dim=1)
 
 
-def inject_std_tokens(module: TracedModule, config: StdConfig) -> TracedModule:
-    """Add one pair of tokens and one distillation head for each position.
+def inject_std_tokens(module: TracedModule, config: StdConfig, known: Anatomy | None = None) -> TracedModule:
+    """Add one pair of tokens and one distillation head for each position. `known` is the module's anatomy,
+    where it is at hand.
 
     Returns:
         A graph over the same student with outputs `logits` and `std/0`, `std/1`, ... each (B, classes).
@@ -131,15 +133,16 @@ def inject_std_tokens(module: TracedModule, config: StdConfig) -> TracedModule:
     Raises:
         MatchError: the model has no such block, or its blocks hold no tokens.
     """
-    known = anatomy(module)
+    known = known or anatomy(module)
+    blocks = blocks_with_tokens(known, config)
     module = fork(module)
     injection = Injection(module, NAME, asdict(config))
     nodes = {node.name: node for node in module.graph.nodes}
     reference = reference_tensor(module)
-    for teacher, position in enumerate(config.positions):
-        block = _block_with_tokens(known, position)
-        tokens = SpatialChannelTokens(block, config).to(reference)
-        head = nn.Linear(block.channels + block.tokens, known.num_classes).to(reference)
+    for teacher, block in enumerate(blocks):
+        with reference.device:
+            tokens = SpatialChannelTokens(block, config).to(reference.dtype)
+            head = nn.Linear(block.channels + block.tokens, known.num_classes, dtype=reference.dtype)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         seen = injection.call(
@@ -192,11 +195,17 @@ def keep_as_prediction(module: TracedModule, predict: str) -> TracedModule:
     return module
 
 
-def _block_with_tokens(known: Anatomy, position: int | str) -> Block:
-    block = known.blocks[known.position(position)]
-    if block.tokens < 2:
-        raise MatchError(
-            f"STD asks for token features after block {position!r}, but {block.path} of {known.model} leaves "
-            f"{block.tokens} patch tokens of {block.channels} channels; choose a position before it"
-        )
-    return block
+def blocks_with_tokens(known: Anatomy, config: StdConfig) -> list[Block]:
+    """The block for each position.
+
+    Raises:
+        MatchError: there is no such block, or it holds no tokens.
+    """
+    blocks = [known.blocks[known.position(position)] for position in config.positions]
+    for block, position in zip(blocks, config.positions, strict=True):
+        if block.tokens < 2:
+            raise MatchError(
+                f"STD asks for token features after block {position!r}, but {block.path} of {known.model} "
+                f"leaves {block.tokens} patch tokens of {block.channels} channels; choose an earlier one"
+            )
+    return blocks
