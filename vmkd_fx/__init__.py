@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from vmkd_fx.deploy.engine import build as build
     from vmkd_fx.deploy.onnx_export import export as export
     from vmkd_fx.deploy.runtime import load as load
+    from vmkd_fx.distill.save import save as save
     from vmkd_fx.distill.wrap import wrap as wrap
     from vmkd_fx.graph.anatomy import anatomy as anatomy
     from vmkd_fx.graph.trace import trace as trace
+    from vmkd_fx.passes.feature_taps import tap as tap
     from vmkd_fx.passes.pipeline import ledger as ledger
     from vmkd_fx.passes.pipeline import lower as lower
     from vmkd_fx.passes.pipeline import strip as strip
@@ -25,8 +27,10 @@ __version__ = "0.1.0"
 _VERBS = {
     "trace": "vmkd_fx.graph.trace",
     "anatomy": "vmkd_fx.graph.anatomy",
+    "tap": "vmkd_fx.passes.feature_taps",
     "wrap": "vmkd_fx.distill.wrap",
     "strip": "vmkd_fx.passes.pipeline",
+    "save": "vmkd_fx.distill.save",
     "lower": "vmkd_fx.passes.pipeline",
     "ledger": "vmkd_fx.passes.pipeline",
     "export": "vmkd_fx.deploy.onnx_export",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +43,34 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; when the block ends well it takes the place of what is there.
+
+    Raises:
+        OutputError: the folder cannot be made or written to, or the disk is full.
+    """
+    mark = secrets.token_hex(4)
+    new, old = (path.with_name(f".{path.name}.{mark}.{end}") for end in ("new", "old"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -209,3 +209,8 @@ def test_one_channel() -> None:
     task = vx.wrap(student, "std", [teacher])
     out = task(torch.randn(2, 1, *task.trainable_module.info.input_size[1:]), targets(2))
     assert out["loss"].isfinite()
+
+
+def test_a_student_without_a_classifier_is_refused() -> None:
+    with pytest.raises(ModelError, match="made without a classifier"):
+        vx.wrap(small("deit", num_classes=0), "kd", teachers=[small("mixer")])

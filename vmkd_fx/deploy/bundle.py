@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +21,7 @@ from vmkd_fx import __version__
 from vmkd_fx.deploy.manifest import MANIFEST, ONNX, EngineInfo, FileEntry, Manifest, read_manifest
 from vmkd_fx.deploy.preprocess import Preprocess
 from vmkd_fx.errors import BundleError, OutputError
-from vmkd_fx.files import sha256, write_text, writing
+from vmkd_fx.files import appearing, sha256, write_text, writing
 from vmkd_fx.steps import Ledger, Step
 
 _VERSIONS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
@@ -72,7 +70,7 @@ def write_bundle(
         if not source.is_file():
             raise BundleError(f"there is no file {source} to put into the bundle {path}")
     refuse_foreign(path)
-    with _appearing(path) as folder:
+    with appearing(path) as folder:
         files = {}
         for file, source, info in sources:
             with writing(folder / file) as temporary:
@@ -161,30 +159,6 @@ def refuse_foreign(path: Path) -> None:
         raise OutputError(f"cannot write a bundle to {path}: {error}; give another folder") from error
     if foreign:
         raise OutputError(f"cannot replace the bundle {path}: it also holds {', '.join(sorted(foreign))}")
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well."""
-    mark = secrets.token_hex(4)
-    new, old = (path.with_name(f".{path.name}.{mark}.{end}") for end in ("new", "old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-        yield new
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _created_with() -> dict[str, str]:

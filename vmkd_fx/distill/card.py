@@ -10,18 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from vmkd_fx.distill.checkpoint import load_state, load_weights, read_metadata, read_weights
 from vmkd_fx.distill.data import ImageData
 from vmkd_fx.distill.methods import Method, resolve
 from vmkd_fx.distill.recipe import MethodConfig, ModelConfig, Recipe
-from vmkd_fx.errors import CheckpointError, RecipeError, UnknownNameError
+from vmkd_fx.errors import CheckpointError
 from vmkd_fx.graph.info import model_info
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.models import register
+from vmkd_fx.models.named import named_model
 from vmkd_fx.passes.std_tokens import inject_std_tokens
 
 KEY = "card"
@@ -32,7 +31,7 @@ class Card:
     """What a student is and what it was trained on.
 
     Attributes:
-        model, options: name and keyword arguments for `timm.create_model`.
+        model, options: name and keyword arguments, as `named_model` takes them.
         method: preset and changed settings of the distillation, None without one.
         teachers: how many there were.
         input_size, mean, std: of the images, (C, H, W) and one value a channel.
@@ -111,22 +110,15 @@ def card_for(model: str, options: dict[str, Any]) -> Card:
 
 
 def create_model(config: ModelConfig) -> nn.Module:
-    """`timm.create_model` with its refusals in our words, and with the checkpoint loaded if one is named.
+    """The model of that name, see `named_model`, with the checkpoint loaded if one is named.
 
     Raises:
-        UnknownNameError: timm has no such model.
-        RecipeError: the model takes no such options.
+        UnknownNameError: timm has no such model, or a module no such factory.
+        RecipeError: the model takes no such options, or a factory fails.
+        ModelError: a factory returned something else than a module.
         CheckpointError: the checkpoint is of another model.
     """
-    register()
-    if not timm.is_model(config.model):
-        raise UnknownNameError("timm model", config.model, timm.list_models())
-    try:
-        model = timm.create_model(config.model, **config.options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise RecipeError(
-            f"timm cannot create {config.model!r} with options {config.options}: {error}"
-        ) from error
+    model = named_model(config.model, config.options)
     if config.checkpoint is not None:
         load_weights(model, config.checkpoint, drop_prefix=True)
         if (card := read_card(config.checkpoint)) is not None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from vmkd_fx.distill.applies import NO_CLASSIFIER
 from vmkd_fx.distill.methods import Method, resolve
 from vmkd_fx.distill.task import DistillationTask
 from vmkd_fx.distill.teachers import make_teachers
-from vmkd_fx.errors import RecipeError
+from vmkd_fx.errors import ModelError, RecipeError
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.passes.std_tokens import inject_std_tokens
@@ -45,7 +46,7 @@ def wrap(
         UnknownNameError: no such method or teacher.
         RecipeError: a setting does not exist, or there is no teacher.
         MatchError: the student has nothing that the method could be attached to.
-        ModelError: student and teacher know different classes.
+        ModelError: student and teacher know different classes, or the student has no classifier.
     """
     chosen = method if isinstance(method, Method) else resolve(method, settings)
     if isinstance(method, Method) and settings:
@@ -58,6 +59,8 @@ def wrap(
             f"method {chosen.name!r} needs a teacher: wrap(student, {chosen.name!r}, teachers=[...])"
         )
     module = trace(student, copy=copy, input_size=input_size)
+    if module.info.num_classes == 0:
+        raise ModelError(NO_CLASSIFIER.format(module.info.name))
     classes = class_count(module, module.info.need_input_size())
     frozen = make_teachers(teachers, module.info, classes)
     if chosen.tokens:
