@@ -3,24 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sweep bench clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vmkd demo --out demo-out
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sweep: $(VENV)/installed-test
+	$(BIN)/vmkd sweep --full --out sweep-out
+	cp sweep-out/coverage.md docs/coverage.md
+
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/lowering_cost.py
+	$(BIN)/python benchmarks/tracing_cost.py
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out sweep-out
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

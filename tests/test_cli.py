@@ -94,8 +94,62 @@ def test_weights_by_someone_else_need_their_model(folder: Path, capsys: pytest.C
 def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "test_vit", "--option", "num_classes=7"]) == 0
     printed = capsys.readouterr().out
-    assert "mixes tokens (attention), channels only" in printed
+    assert "mixes tokens (attention); channels only" in printed
     assert "7 classes" in printed
+    assert re.search(r"std-intermediate +yes", printed)
+
+
+MODELS = """
+import timm
+import torch
+
+def resnet(**options):
+    model = timm.create_model("test_resnet", **options)
+    del model.pretrained_cfg, model.default_cfg, model._traits
+    return model
+
+def deciding():
+    class Deciding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 2)
+        def forward(self, x):
+            if x.mean() > 0:
+                x = -x
+            return self.head(x.mean((2, 3)))
+    return Deciding()
+"""
+
+
+def test_inspect_a_model_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.py").write_text(MODELS)
+    assert main(["inspect", "mine:resnet", "--option", "num_classes=7", "--input-size", "3,64,64"]) == 0
+    printed = capsys.readouterr().out
+    assert "ResNet: 4 blocks in 4 stages, 7 classes" in printed
+    assert "at 3 x 64 x 64" in printed
+    assert "vmkd inspect: ResNet does not say how large" in refused(capsys, "inspect", "mine:resnet")
+
+
+def test_a_forward_that_depends_on_data_is_refused_with_its_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mine.py").write_text(MODELS)
+    message = refused(capsys, "inspect", "mine:deciding", "--input-size", "3,32,32")
+    assert "decides by the data" in message
+    assert "mine.py:16: if x.mean() > 0:" in message
+
+
+def test_what_a_model_lacks_for_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "test_vit", "--option", "num_classes=0"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"std +test_vit was made without a classifier \(num_classes=0\)", printed)
+
+
+def test_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--pattern", "test_resnet", "--jobs", "1", "--full"]) == 0
+    assert "1 of 1 models without a fault: sweep-out/coverage.md" in capsys.readouterr().out
+    table = (folder / "sweep-out" / "coverage.md").read_text()
+    assert "| right on real numbers | 1 of 1 tried |" in table
 
 
 @pytest.mark.parametrize(
@@ -104,6 +158,9 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         (("inspect", "mixer_s16_22"), "no timm model 'mixer_s16_22'; did you mean 'mixer_s16_224'"),
         (("inspect", "test_vit", "--option", "img_sz=3"), "img_sz"),
         (("inspect", "test_vit", "--option", "img_size"), "write it as name=value"),
+        (("inspect", "nowhere.models:build"), "nowhere"),
+        (("inspect", "timm:create_modle"), "create_model"),
+        (("sweep", "--pattern", "resnet_fifty"), "no timm model that fits 'resnet_fifty'"),
         (("train", "nothing.yaml"), "nothing.yaml"),
         (("deploy", "nothing.safetensors"), "there is no weights file nothing.safetensors"),
         (("build", "nothing", "--target", "tensorrt-rtx"), "no ONNX file and no bundle nothing"),
@@ -175,7 +232,7 @@ def test_weights_that_are_no_weights(folder: Path, capsys: pytest.CaptureFixture
     assert "junk.pth" in refused(capsys, "deploy", "junk.pth", "--model", "test_vit")
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "train", "deploy", "build", "run"])
+@pytest.mark.parametrize("verb", ["demo", "inspect", "sweep", "train", "deploy", "build", "run"])
 def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

@@ -12,7 +12,7 @@ import pytest
 import vmkd_fx
 
 PACKAGE = Path(vmkd_fx.__file__).parent
-FLOORS = ("ground", "graph", "models", "passes", "distill", "deploy", "top")
+FLOORS = ("ground", "graph", "models", "passes", "distill", "deploy", "zoo", "top")
 MAY_IMPORT = {
     "ground": {"ground"},
     "graph": {"ground", "graph"},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "passes": {"ground", "graph", "passes"},
     "distill": {"ground", "graph", "passes", "models", "distill"},
     "deploy": {"ground", "graph", "passes", "deploy"},
+    "zoo": {"ground", "graph", "passes", "distill", "zoo"},
     "top": set(FLOORS),
 }
 TOP = ("__init__", "__main__", "cli", "demo")
@@ -72,7 +73,8 @@ def test_the_edge_side_brings_neither_torch_nor_timm(statement: str) -> None:
 
 
 def test_the_public_verbs() -> None:
-    verbs = {"trace", "anatomy", "wrap", "strip", "lower", "ledger", "export", "build", "deploy", "load"}
+    verbs = {"trace", "anatomy", "tap", "wrap", "strip", "save", "lower", "ledger"}
+    verbs |= {"export", "build", "deploy", "load"}
     assert verbs < set(dir(vmkd_fx))
     assert all(callable(getattr(vmkd_fx, verb)) for verb in verbs)
     with pytest.raises(AttributeError, match="no attribute 'deplyo'"):
@@ -84,6 +86,7 @@ def test_the_public_verbs() -> None:
     [
         ("train x.yaml", "train"),
         ("inspect resnet18", "train"),
+        ("sweep", "train"),
         ("deploy x.safetensors", "train"),
         ("demo", "train"),
     ],

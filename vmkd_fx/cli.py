@@ -58,18 +58,26 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from vmkd_fx.extras import require
 
     require("timm", "train", "inspecting a model")
-    from vmkd_fx.distill.card import create_model
-    from vmkd_fx.distill.recipe import ModelConfig
-    from vmkd_fx.graph.anatomy import anatomy
-    from vmkd_fx.graph.shapes import multiply_adds, parameter_count
+    from vmkd_fx.distill.report import report
     from vmkd_fx.graph.trace import trace
+    from vmkd_fx.models.named import named_model
 
-    module = trace(create_model(ModelConfig(model=parsed.model, options=_options(parsed.option))))
-    size = module.info.need_input_size()
-    print(anatomy(module))
-    print(f"{parameter_count(module):,} parameters, {multiply_adds(module, size):,} multiply-adds at {size}")
-    for closed in module.closed:
-        print(f"closed: {closed.path}: {closed.reason}")
+    model = named_model(parsed.model, _options(parsed.option))
+    print(report(trace(model, input_size=parsed.input_size)))
+
+
+def _sweep(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("timm", "train", "the sweep")
+    from vmkd_fx.zoo.sweep import sweep
+
+    rows = sweep(parsed.pattern, parsed.out, full=parsed.full, jobs=parsed.jobs, restart=parsed.restart)
+    faults = [(row.model, what, why) for row in rows for what, why in row.faults.items()]
+    for model, what, why in faults:
+        print(f"{model}: {what}: {why}")
+    right = len(rows) - len({model for model, *_ in faults})
+    print(f"{right} of {len(rows)} models without a fault: {parsed.out / 'coverage.md'}")
 
 
 def _train(parsed: argparse.Namespace) -> None:
@@ -166,8 +174,23 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect = verb("inspect", _inspect, "print a model's anatomy", "vmkd inspect mixer_s16_224")
-    inspect.add_argument("model", metavar="MODEL", help="name of a timm model")
+    inspect.add_argument("model", metavar="MODEL", help="a timm model, or package.module:factory")
+    inspect.add_argument(
+        "--input-size",
+        type=_size,
+        metavar="C,H,W",
+        help="of one image, where the model does not say: 3,224,224",
+    )
     _add_options(inspect)
+
+    sweep = verb("sweep", _sweep, "check what works for which timm models", "vmkd sweep --pattern 'vit_*'")
+    sweep.add_argument("--pattern", default="*", help="of names, as the shell matches them (default: all)")
+    sweep.add_argument(
+        "--full", action="store_true", help="real numbers too, for the smallest of each family"
+    )
+    sweep.add_argument("--jobs", type=_positive, help="processes (default: one a core)")
+    sweep.add_argument("--restart", action="store_true", help="check again what was checked before")
+    sweep.add_argument("--out", type=Path, default=Path("sweep-out"), help="folder (default: sweep-out)")
 
     train = verb("train", _train, "train a recipe, or go on with it", "vmkd train std.yaml train.epochs=50")
     train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
@@ -211,6 +234,14 @@ def _whole(text: str) -> int:
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
     return value
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    edges = text.split(",")
+    if len(edges) != 3 or not all(edge.strip().isdigit() and int(edge) for edge in edges):
+        raise argparse.ArgumentTypeError(f"{text!r} is not channels, height and width: 3,224,224")
+    channels, height, width = (int(edge) for edge in edges)
+    return channels, height, width
 
 
 def _positive(text: str) -> int:

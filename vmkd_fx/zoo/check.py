@@ -1,0 +1,168 @@
+"""What is promised for any timm model, checked on one: traced, understood, injected, given back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import timm
+import torch
+from timm.models import get_arch_name, is_model
+from torch import nn
+
+from vmkd_fx.distill.applies import applicability
+from vmkd_fx.distill.methods import PRESETS
+from vmkd_fx.errors import VmkdError
+from vmkd_fx.graph.anatomy import read_anatomy
+from vmkd_fx.graph.parts import Anatomy
+from vmkd_fx.graph.shapes import node_shapes, parameter_count
+from vmkd_fx.graph.trace import trace
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
+from vmkd_fx.passes.pipeline import strip
+from vmkd_fx.passes.std_tokens import inject_std_tokens
+from vmkd_fx.zoo.agreement import disagreement
+from vmkd_fx.zoo.row import Row
+
+_LAYERS = (
+    *(nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm),
+    nn.RMSNorm,
+)
+
+CLASSES = 1000
+"""Given to a model that timm makes without a classifier, for a student has one."""
+
+
+def check(name: str) -> Row:
+    """The structure of one model, on the meta device: no memory, no arithmetic.
+
+    Whatever goes wrong is a finding in the row, never an exception.
+    """
+    row = Row(name, family(name))
+    try:
+        with _timed(row, "create"), torch.device("meta"):
+            model = timm.create_model(name)
+            if getattr(model, "num_classes", None) == 0:
+                model = timm.create_model(name, num_classes=CLASSES)
+    except Exception as error:
+        row.trace = f"timm cannot create it: {_brief(error)}"
+        return row
+    row.parameters = parameter_count(model)
+    try:
+        with _timed(row, "trace"):
+            module = trace(model)
+        row.nodes = len(module.graph.nodes)
+        row.closed = [(part.path, part.reason) for part in module.closed if _matters(module, part.path)]
+        row.fixed_size = module.fixed_by[0] if module.fixed_by else ""
+        row.open_share = open_share(module)
+        with _timed(row, "anatomy"):
+            shapes = node_shapes(module)
+            known = read_anatomy(module, shapes)
+        row.trace = _runs(module, known)
+    except Exception as error:
+        row.trace = _brief(error)
+        return row
+    row.blocks, row.stages = len(known.blocks), len(known.stages)
+    row.unclear = sum(branch.mixing.mixes is None for block in known.blocks for branch in block.branches)
+    row.timm = disagreement(model, module, shapes, known)
+    row.methods = {method: reason or "" for method, reason in applicability(known).items()}
+    with _timed(row, "round trip"):
+        row.round_trip = {name: _round_trip(module, inject) for name, inject in injections(known).items()}
+    return row
+
+
+def family(name: str) -> str:
+    """The module of timm that a model comes from."""
+    entry = timm.model_entrypoint(get_arch_name(name)) if is_model(name) else None
+    return entry.__module__.rpartition(".")[2] if entry else ""
+
+
+def open_share(module: TracedModule) -> float:
+    """Of the parameters in Linear, convolution and norm layers that the graph uses, the share in open nodes.
+
+    A layer is open when it is a node of its own, or when nodes read its parameters.
+    """
+    modules = dict(module.named_modules())
+    layers = {id(p) for part in modules.values() if isinstance(part, _LAYERS) for p in part.parameters()}
+    sizes: dict[int, int] = {}
+    opened: set[int] = set()
+    for node in module.graph.nodes:
+        part = modules.get(str(node.target)) if node.op == "call_module" else None
+        inside = list(part.parameters()) if part is not None else []
+        if node.op == "get_attr" and isinstance(value := _attribute(module, str(node.target)), nn.Parameter):
+            inside = [value]
+        sizes.update({id(p): p.numel() for p in inside if id(p) in layers})
+        if node.op == "get_attr" or isinstance(part, _LAYERS):
+            opened |= {id(p) for p in inside}
+    total = sum(sizes.values())
+    return sum(size for key, size in sizes.items() if key in opened) / total if total else 1.0
+
+
+def injections(known: Anatomy) -> dict[str, Callable[[TracedModule], TracedModule]]:
+    """Every injection that applies to a model, by name."""
+    found: dict[str, Callable[[TracedModule], TracedModule]] = {}
+    if applicability(known)["std"] is None:
+        std = PRESETS["std-intermediate"].std_config(2)
+        found["std"] = lambda module: inject_std_tokens(module, std, known)
+    if known.blocks:
+        places = (("blocks", "block *"), ("stages", "stage *"), ("branches", "block * branch *"))
+        found["taps"] = lambda module: inject_feature_taps(module, TapConfig(places), known)
+    return found
+
+
+def difference(stripped: TracedModule, module: TracedModule) -> str:
+    """What `strip` did not give back of `module`; empty where it gave all."""
+    if stripped.code != module.code:
+        return "the code of the graph differs"
+    if list(stripped.state_dict()) != list(module.state_dict()):
+        return "the keys of the state dict differ"
+    same = [id(p) for p in stripped.parameters()] == [id(p) for p in module.parameters()]
+    return "" if same else "other parameters"
+
+
+def _round_trip(module: TracedModule, inject: Callable[[TracedModule], TracedModule]) -> str:
+    try:
+        return difference(strip(inject(module)), module)
+    except Exception as error:
+        return _brief(error)
+
+
+def _runs(module: TracedModule, known: Anatomy) -> str:
+    """What is wrong with what the graph returns in training; empty where it is logits. In evaluation the
+    anatomy ran it.
+    """
+    images = torch.empty(2, *module.info.need_input_size(), device="meta")
+    with torch.no_grad():
+        found = module.train()(images)
+    right = isinstance(found, torch.Tensor) and tuple(found.shape) == (2, known.num_classes)
+    return "" if right else f"in training it returns {_kind(found)}, not (2, {known.num_classes})"
+
+
+def _kind(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _matters(module: TracedModule, path: str) -> bool:
+    """Whether a closed module has parameters, or was closed for another reason than its mode."""
+    reason = next(part.reason for part in module.closed if part.path == path)
+    held = next(module.get_submodule(path).parameters(), None) is not None
+    return held or "takes other steps" not in reason
+
+
+def _attribute(module: nn.Module, path: str) -> object:
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)
+
+
+@contextmanager
+def _timed(row: Row, what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    row.seconds[what] = round(time.perf_counter() - started, 3)
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    return first if isinstance(error, VmkdError) else f"{type(error).__name__}: {first}"
