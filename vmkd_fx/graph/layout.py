@@ -27,20 +27,22 @@ _MOVES = {torch.permute, torch.transpose, "permute", "transpose", "contiguous", 
 
 
 def layout_of(module: TracedModule, shapes: Mapping[Node, Shape], stream: Node, nodes: Iterable[Node]) -> str:
-    """The layout of `stream`, from what the first layer among `nodes` takes for its channels.
+    """The layout of `stream`, from what the layers among `nodes` take for its channels.
 
-    Three axes are NLC; four are NHWC or NCHW.
+    Three axes are NLC. Of four, a first layer that sees them unmoved says it by its kind: a convolution takes
+    channels first, a Linear or LayerNorm last. Else the first layer says it that takes as many channels as
+    one of the two axes has.
     """
     shape = shapes[stream]
     if len(shape) == 3:
         return "NLC"
+    moved = False
     for node in nodes:
+        moved = moved or _moves(node) or len(shapes.get(node, shape)) != 4
         channels = _channels_read(module, shapes, node)
-        if channels is None or shape[1] == channels == shape[3]:
-            if channels is not None and stream in node.all_input_nodes:
-                return "NCHW" if _is_convolution(module, node) else "NHWC"
-            continue
-        if channels in (shape[1], shape[3]):
+        if channels is not None and not moved:
+            return "NCHW" if _is_convolution(module, node) else "NHWC"
+        if channels in (shape[1], shape[3]) and shape[1] != shape[3]:
             return "NCHW" if channels == shape[1] else "NHWC"
     return "NCHW"
 
@@ -111,9 +113,8 @@ def _channels_read(module: TracedModule, shapes: Mapping[Node, Shape], node: Nod
 def _is_convolution(module: TracedModule, node: Node) -> bool:
     if node.op != "call_module":
         return node.target is F.conv2d
-    return isinstance(
-        module.get_submodule(str(node.target)), (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
-    )
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    return isinstance(module.get_submodule(str(node.target)), kinds)
 
 
 def _moves(node: Node) -> bool:

@@ -49,7 +49,7 @@ class Receipt:
 
 
 def undo(module: TracedModule) -> Receipt:
-    """Take the last injection out of `module`, in place, and return its receipt.
+    """Take the last injection out of `module`, in place, and return its receipt; `recompile` it then.
 
     Raises:
         ReceiptError: nothing was injected, or the graph no longer agrees with the receipt.
@@ -73,7 +73,6 @@ def undo(module: TracedModule) -> Receipt:
     for path in receipt.modules:
         _delete_submodule(module, path)
     module.meta["receipts"] = module.receipts[:-1]
-    module.recompile()
     return receipt
 
 

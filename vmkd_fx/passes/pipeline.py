@@ -55,8 +55,10 @@ def strip(model: Any, predict: str = "class", *, copy: bool = False) -> TracedMo
     module = trace(model, copy=copy)
     if predict != "class":
         return keep_as_prediction(module, predict)
-    while module.receipts:
-        undo(module)
+    if module.receipts:
+        while module.receipts:
+            undo(module)
+        module.recompile()
     return module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import timm
@@ -68,7 +68,7 @@ def check(name: str) -> Row:
     row.timm = disagreement(model, module, shapes, known)
     row.methods = {method: reason or "" for method, reason in applicability(known).items()}
     with _timed(row, "round trip"):
-        row.round_trip = {name: _round_trip(module, inject) for name, inject in injections(known).items()}
+        row.round_trip = _round_trip(module, injections(known))
     return row
 
 
@@ -121,11 +121,26 @@ def difference(stripped: TracedModule, module: TracedModule) -> str:
     return "" if same else "other parameters"
 
 
-def _round_trip(module: TracedModule, inject: Callable[[TracedModule], TracedModule]) -> str:
+def _round_trip(
+    module: TracedModule, chosen: Mapping[str, Callable[[TracedModule], TracedModule]]
+) -> dict[str, str]:
+    """For each injection what `strip` did not give back, empty where it gave all.
+
+    One goes on top of the other, as in a training; each is tried alone where that fails.
+    """
     try:
-        return difference(strip(inject(module)), module)
+        injected = module
+        for inject in chosen.values():
+            injected = inject(injected)
+        if not difference(strip(injected), module):
+            return dict.fromkeys(chosen, "")
     except Exception as error:
-        return _brief(error)
+        if len(chosen) == 1:
+            return dict.fromkeys(chosen, _brief(error))
+    if len(chosen) == 1:
+        return dict.fromkeys(chosen, difference(strip(injected), module))
+    alone = {name: _round_trip(module, {name: inject})[name] for name, inject in chosen.items()}
+    return alone if any(alone.values()) else dict.fromkeys(chosen, "not given back one on top of the other")
 
 
 def _runs(module: TracedModule, known: Anatomy) -> str:
