@@ -63,7 +63,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("byoanet", "eca_botnext26ts_256", 64, built=True),
     Member("byobnet", "test_byobnet", built=True),
     Member("cait", "cait_xxs24_224", built=True),
-    Member("coat", "coat_tiny", built=True),
+    Member("coat", "coat_tiny", 64, built=True),
     Member("convit", "convit_tiny", built=True),
     Member("convmixer", "convmixer_768_32"),
     Member("convnext", "test_convnext"),

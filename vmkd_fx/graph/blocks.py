@@ -92,14 +92,14 @@ def _common_path(join: Join) -> str:
 
 
 def _outermost(joins: list[Join]) -> list[Join]:
-    """Those that lie in no arm of another, without sums of what a later one takes apart."""
+    """Those that lie in no arm of another; the residual sums alone, where there are any."""
     kept: list[Join] = []
     covered: set[Node] = set()
     for join in reversed(joins):
         if join.node not in covered:
             kept.append(join)
             covered |= join.nodes
-    return kept[::-1]
+    return [join for join in kept[::-1] if join.is_residual] or kept[::-1]
 
 
 def _without_shortcut(by_path: Mapping[str, list[Join]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class Judge:
 
     def __call__(self, nodes: Sequence[Node], entry: Node, axes: Axes) -> Mixing:
         """Whether the branch `nodes`, which reads `entry` with locations on `axes`, mixes tokens."""
+        if prod(self.shapes[entry][axis] for axis in axes) == 1:
+            return Mixing(False)
         try:
             key = self._signature(nodes, entry, axes)
         except _OnItsOwn:

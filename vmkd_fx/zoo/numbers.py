@@ -106,13 +106,26 @@ def _taps(model: nn.Module, module: TracedModule, known: Anatomy, images: Tensor
         return ""
     for index, (feature, value) in enumerate(zip(features, expected, strict=True)):
         node = outputs.get(feature["module"])
-        places = {"0": node.name} if node is not None else fallback
+        places = {"0": node.name} if node is not None else fallback | _inside(module, feature["module"])
         tapped = tap(module, places).eval()
         with torch.no_grad():
             found = [item for name, item in tapped(images).items() if name.startswith("taps/")]
         if not any(_same_feature(item, value) for item in found):
             return f"feature {index} of timm, {feature['module']}, has other values"
     return ""
+
+
+def _inside(module: TracedModule, path: str) -> dict[str, str]:
+    """Everything that calls inside a module return, where the module itself is not called."""
+    nodes = {node.name for node in module.graph.nodes}
+    returned = (
+        name
+        for inner, calls in module.calls.items()
+        if inner.startswith(f"{path}.")
+        for call in calls
+        for name in call.outputs
+    )
+    return {name: name for name in returned if name in nodes}
 
 
 def _same_feature(found: Tensor, expected: Tensor) -> bool:
@@ -150,6 +163,7 @@ def _round_trip(model: nn.Module, known: Anatomy, images: Tensor) -> str:
             outputs: dict[str, Any] = wrapped.train()(images)
             sum(value.square().mean() for value in outputs.values()).backward()
             optimizer.step()
+        student.train()  # some modules forget here what they computed from older weights
         stripped = strip(wrapped)
         if found := difference(stripped, module):
             return f"{name}: {found}"
