@@ -23,6 +23,7 @@ from vmkd_fx.graph.layout import (
     layout_of,
     leading_norm,
     location_count,
+    moves_axes,
     prefix_tokens,
 )
 from vmkd_fx.graph.mixing import Mixing
@@ -87,34 +88,49 @@ def _same_without_prefix(block: Block, site: Site, earlier: Site, other: Block) 
 
 def _read_block(judge: Judge, flow: DataFlow, site: Site) -> Block:
     shape = flow.shapes[site.output]
-    work = sorted({n for join in site.joins for n in join.nodes}, key=flow.order.__getitem__) or list(
-        flow.between(site.input, site.output)
-    )
-    entry = site.joins[-1].source if site.joins else site.input
-    known = entry if len(flow.shapes.get(entry, ())) == len(shape) else site.output
-    layout = layout_of(judge.module, flow.shapes, known, work)
-    tokens = location_count(shape, layout)
+    layouts = [_join_layout(judge, flow, join, len(shape)) for join in site.joins]
+    if site.joins:
+        layout = _layout_after(flow, site.joins[-1].node, site.output, layouts[-1])
+        read = zip(site.joins, layouts, strict=True)
+        branches = [branch for join, of in read for branch in _read_join(judge, flow, join, of)]
+    else:
+        work = flow.between(site.input, site.output)
+        layout = layout_of(judge.module, flow.shapes, site.output, work)
+        branches = [_whole(judge, flow, site.input, site.output, work, layout)]
     prefix = prefix_tokens(flow, site.output) if layout == "NLC" else 0
-    branches = tuple(
-        branch for join in site.joins for branch in _read_join(judge, flow, join, layout, len(shape))
-    ) or (_whole(judge, flow, site.input, site.output, work, layout),)
     return Block(
         site.path,
         site.input.name,
         site.output.name,
         layout,
         shape[CHANNEL_AXIS[layout]],
-        tokens - prefix,
+        location_count(shape, layout) - prefix,
         prefix,
-        branches,
+        tuple(branches),
     )
 
 
-def _read_join(judge: Judge, flow: DataFlow, join: Join, layout: str, rank: int) -> list[Branch]:
-    entering = len(flow.shapes.get(join.source, ()))
-    if entering != rank and entering == 3:
-        layout = "NLC"
-    if not join.is_sum or entering not in (3, 4):
+def _join_layout(judge: Judge, flow: DataFlow, join: Join, rank: int) -> str:
+    """The layout of the stream that a join's work reads; of what leaves it, where that is no such tensor."""
+    stream = join.source if len(flow.shapes.get(join.source, ())) in (3, 4) else join.node
+    if len(flow.shapes[stream]) not in (3, 4):
+        return "NLC" if rank == 3 else "NCHW"
+    return layout_of(judge.module, flow.shapes, stream, sorted(join.nodes, key=flow.order.__getitem__))
+
+
+def _layout_after(flow: DataFlow, join: Node, output: Node, layout: str) -> str:
+    """The layout of what leaves a block whose last join has `layout`: another after a permutation."""
+    ranks = len(flow.shapes[join]), len(flow.shapes[output])
+    if ranks[1] == 3:
+        return "NLC"
+    moved = sum(moves_axes(node) for node in flow.between(join, output)) % 2 == 1
+    if ranks[0] == 3:
+        return "NCHW" if moved else "NHWC"
+    return {"NCHW": "NHWC", "NHWC": "NCHW"}[layout] if moved else layout
+
+
+def _read_join(judge: Judge, flow: DataFlow, join: Join, layout: str) -> list[Branch]:
+    if not join.is_sum or len(flow.shapes.get(join.source, ())) not in (3, 4):
         nodes = sorted(join.nodes, key=flow.order.__getitem__)
         return [_whole(judge, flow, join.source, join.node, nodes, layout)]
     working = [arm for arm in join.arms if not arm.is_shortcut]

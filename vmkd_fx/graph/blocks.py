@@ -92,14 +92,15 @@ def _common_path(join: Join) -> str:
 
 
 def _outermost(joins: list[Join]) -> list[Join]:
-    """Those that lie in no arm of another; the residual sums alone, where there are any."""
+    """Those that lie in no arm of another; without concatenations, where there are residual sums."""
     kept: list[Join] = []
     covered: set[Node] = set()
     for join in reversed(joins):
         if join.node not in covered:
             kept.append(join)
             covered |= join.nodes
-    return [join for join in kept[::-1] if join.is_residual] or kept[::-1]
+    residual = any(join.is_residual for join in kept)
+    return [join for join in kept[::-1] if join.is_sum or not residual]
 
 
 def _without_shortcut(by_path: Mapping[str, list[Join]]) -> dict[str, str]:

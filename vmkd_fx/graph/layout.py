@@ -23,7 +23,8 @@ CHANNEL_AXIS = {"NLC": 2, "NCHW": 1, "NHWC": 3}
 
 _NORM_FUNCTIONS = {F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.rms_norm}
 _NORM_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-_MOVES = {torch.permute, torch.transpose, "permute", "transpose", "contiguous", "float", "to", "type_as"}
+_MOVES = {torch.permute, torch.transpose, "permute", "transpose"}
+_CASTS = {"contiguous", "float", "to", "type_as"}
 
 
 def layout_of(module: TracedModule, shapes: Mapping[Node, Shape], stream: Node, nodes: Iterable[Node]) -> str:
@@ -38,7 +39,7 @@ def layout_of(module: TracedModule, shapes: Mapping[Node, Shape], stream: Node, 
         return "NLC"
     moved = False
     for node in nodes:
-        moved = moved or _moves(node) or len(shapes.get(node, shape)) != 4
+        moved = moved or moves_axes(node) or len(shapes.get(node, shape)) != 4
         channels = _channels_read(module, shapes, node)
         if channels is not None and not moved:
             return "NCHW" if _is_convolution(module, node) else "NHWC"
@@ -61,11 +62,14 @@ def leading_norm(module: TracedModule, stream: Node, nodes: tuple[Node, ...]) ->
     if len(readers) != 1:
         return None
     node = readers[0]
-    while _moves(node) and len(node.users) == 1:
+    while (moves_axes(node) or node.target in _CASTS) and len(node.users) == 1:
         node = next(iter(node.users))
     if not _is_norm(module, node):
         return None
-    while len(node.users) == 1 and _moves(follower := next(iter(node.users))) and node is not readers[0]:
+    while node is not readers[0] and len(node.users) == 1:
+        follower = next(iter(node.users))
+        if not moves_axes(follower) and follower.target not in _CASTS:
+            break
         node = follower
     return node if node in nodes else None
 
@@ -117,7 +121,8 @@ def _is_convolution(module: TracedModule, node: Node) -> bool:
     return isinstance(module.get_submodule(str(node.target)), kinds)
 
 
-def _moves(node: Node) -> bool:
+def moves_axes(node: Node) -> bool:
+    """Whether an operation may give the axes another order."""
     return node.target in _MOVES and node.op in ("call_method", "call_function")
 
 
