@@ -129,7 +129,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("mobilenetv3", "mobilenetv3_small_050"),
     Member("mobilenetv5", "mobilenetv5_base", 64, slow=WIDE),
     Member("mobilevit", "mobilevit_xxs", built=True),
-    Member("mvitv2", "mvitv2_tiny", built=True),
+    Member("mvitv2", "mvitv2_tiny", 64, built=True),
     Member(
         "naflexvit",
         "naflexvit_base_patch16_parfac_gap",
@@ -166,7 +166,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("tiny_vit", "tiny_vit_5m_224"),
     Member("tnt", "tnt_s_legacy_patch16_224", built=True, options={"attn_drop_rate": 0.0}),
     Member("tresnet", "tresnet_m"),
-    Member("twins", "twins_svt_small", built=True),
+    Member("twins", "twins_svt_small", 64, built=True),
     Member("vgg", "vgg11", options={"mlp_ratio": 0.02}),
     Member("visformer", "visformer_tiny", built=True),
     Member("vision_transformer", "test_vit", built=True),

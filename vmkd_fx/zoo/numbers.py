@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from vmkd_fx.graph.anatomy import anatomy
 from vmkd_fx.graph.layout import LOCATION_AXES
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.perturb import Perturbed
 from vmkd_fx.graph.places import module_outputs
+from vmkd_fx.graph.shapes import Shape, node_shapes
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import evaluating
@@ -99,14 +101,14 @@ def _taps(model: nn.Module, module: TracedModule, known: Anatomy, images: Tensor
         expected: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
             images, intermediates_only=True
         )
-    outputs = module_outputs(module)
+    outputs, shapes = module_outputs(module), node_shapes(module)
     leaving = [part.output for part in known.stages] + [part.output for part in known.blocks]
     fallback = {str(index): node for index, node in enumerate(leaving)}
     if len(expected) != len(features):
         return ""
     for index, (feature, value) in enumerate(zip(features, expected, strict=True)):
         node = outputs.get(feature["module"])
-        places = {"0": node.name} if node is not None else fallback | _inside(module, feature["module"])
+        places = {"0": node.name} if node is not None else fallback | _alike(shapes, value.shape)
         tapped = tap(module, places).eval()
         with torch.no_grad():
             found = [item for name, item in tapped(images).items() if name.startswith("taps/")]
@@ -115,17 +117,11 @@ def _taps(model: nn.Module, module: TracedModule, known: Anatomy, images: Tensor
     return ""
 
 
-def _inside(module: TracedModule, path: str) -> dict[str, str]:
-    """Everything that calls inside a module return, where the module itself is not called."""
-    nodes = {node.name for node in module.graph.nodes}
-    returned = (
-        name
-        for inner, calls in module.calls.items()
-        if inner.startswith(f"{path}.")
-        for call in calls
-        for name in call.outputs
-    )
-    return {name: name for name in returned if name in nodes}
+def _alike(shapes: Mapping[Node, Shape], shape: torch.Size) -> dict[str, str]:
+    """Every value of a feature's shape, where timm names no module that is called."""
+    return {
+        node.name: node.name for node, found in shapes.items() if found == shape and node.op != "get_attr"
+    }
 
 
 def _same_feature(found: Tensor, expected: Tensor) -> bool:
