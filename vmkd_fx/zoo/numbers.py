@@ -118,10 +118,13 @@ def _taps(model: nn.Module, module: TracedModule, known: Anatomy, images: Tensor
 
 
 def _alike(shapes: Mapping[Node, Shape], shape: torch.Size) -> dict[str, str]:
-    """Every value of a feature's shape, where timm names no module that is called."""
-    return {
-        node.name: node.name for node, found in shapes.items() if found == shape and node.op != "get_attr"
-    }
+    """Every value of a feature's shape (B, C, H, W), as a map or as tokens with up to eight in front, where
+    timm names no module that is called.
+    """
+    batch, channels, height, width = shape
+    tokens = [(batch, height * width + prefix, channels) for prefix in range(9)]
+    fitting = {tuple(shape), (batch, height, width, channels), *tokens}
+    return {n.name: n.name for n, found in shapes.items() if found in fitting and n.op != "get_attr"}
 
 
 def _same_feature(found: Tensor, expected: Tensor) -> bool:
