@@ -17,7 +17,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 sweep: $(VENV)/installed-test
-	$(BIN)/vmkd sweep --full --out sweep-out
+	$(BIN)/vmkd sweep --out sweep-out
 	cp sweep-out/coverage.md docs/coverage.md
 
 bench: $(VENV)/installed-test
