@@ -15,8 +15,9 @@ from vmkd_fx.distill.applies import applicability
 from vmkd_fx.distill.methods import PRESETS
 from vmkd_fx.errors import VmkdError
 from vmkd_fx.graph.anatomy import read_anatomy
+from vmkd_fx.graph.edit import logits_node
 from vmkd_fx.graph.parts import Anatomy
-from vmkd_fx.graph.shapes import node_shapes, parameter_count
+from vmkd_fx.graph.shapes import Shape, node_shapes, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
@@ -59,7 +60,7 @@ def check(name: str) -> Row:
         with _timed(row, "anatomy"):
             shapes = node_shapes(module)
             known = read_anatomy(module, shapes)
-        row.trace = _runs(module, known)
+        row.trace = _runs(module, shapes[logits_node(module)])
     except Exception as error:
         row.trace = _brief(error)
         return row
@@ -143,15 +144,15 @@ def _round_trip(
     return alone if any(alone.values()) else dict.fromkeys(chosen, "not given back one on top of the other")
 
 
-def _runs(module: TracedModule, known: Anatomy) -> str:
-    """What is wrong with what the graph returns in training; empty where it is logits. In evaluation the
-    anatomy ran it.
+def _runs(module: TracedModule, expected: Shape) -> str:
+    """What is wrong with what the graph returns in training; empty where it has the shape that the anatomy
+    found in evaluation.
     """
     images = torch.empty(2, *module.info.need_input_size(), device="meta")
     with torch.no_grad():
         found = module.train()(images)
-    right = isinstance(found, torch.Tensor) and tuple(found.shape) == (2, known.num_classes)
-    return "" if right else f"in training it returns {_kind(found)}, not (2, {known.num_classes})"
+    right = isinstance(found, torch.Tensor) and tuple(found.shape) == expected
+    return "" if right else f"in training it returns {_kind(found)}, in evaluation {expected}"
 
 
 def _kind(value: object) -> str:
