@@ -44,8 +44,8 @@ def as_markdown(rows: Sequence[Row], stamp: str) -> str:
     parts = [
         "# Coverage of timm's models",
         f"Written by `vmkd sweep` with {stamp.rpartition(', ')[0]}, on the meta device: structure alone. "
-        "Real numbers, in both modes and after training, are checked for a small member of each family by the "
-        "tests, and by `vmkd sweep --full` for the smallest published one.",
+        "Real numbers, in both modes and after training, are checked for a small member of each family by "
+        "the tests, and by `vmkd sweep --full` for the smallest published one.",
         "A model that timm makes without a classifier is given one of 1000 classes, for a student has one.",
         "## Totals",
         _table(("what", "models"), _totals(rows, methods)),
