@@ -88,10 +88,11 @@ def _same_without_prefix(block: Block, site: Site, earlier: Site, other: Block) 
 
 def _read_block(judge: Judge, flow: DataFlow, site: Site) -> Block:
     shape = flow.shapes[site.output]
-    layouts = [_join_layout(judge, flow, join, len(shape)) for join in site.joins]
-    if site.joins:
-        layout = _layout_after(flow, site.joins[-1].node, site.output, layouts[-1])
-        read = zip(site.joins, layouts, strict=True)
+    sums = [join for join in site.joins if join.is_sum and len(flow.shapes.get(join.source, ())) in (3, 4)]
+    if sums:
+        layouts = [_join_layout(judge, flow, join) for join in sums]
+        layout = _layout_after(flow, sums[-1].node, site.output, layouts[-1])
+        read = zip(sums, layouts, strict=True)
         branches = [branch for join, of in read for branch in _read_join(judge, flow, join, of)]
     else:
         work = flow.between(site.input, site.output)
@@ -110,12 +111,10 @@ def _read_block(judge: Judge, flow: DataFlow, site: Site) -> Block:
     )
 
 
-def _join_layout(judge: Judge, flow: DataFlow, join: Join, rank: int) -> str:
-    """The layout of the stream that a join's work reads; of what leaves it, where that is no such tensor."""
-    stream = join.source if len(flow.shapes.get(join.source, ())) in (3, 4) else join.node
-    if len(flow.shapes[stream]) not in (3, 4):
-        return "NLC" if rank == 3 else "NCHW"
-    return layout_of(judge.module, flow.shapes, stream, sorted(join.nodes, key=flow.order.__getitem__))
+def _join_layout(judge: Judge, flow: DataFlow, join: Join) -> str:
+    """The layout of the stream that a sum's work reads."""
+    work = sorted(join.nodes, key=flow.order.__getitem__)
+    return layout_of(judge.module, flow.shapes, join.source, work)
 
 
 def _layout_after(flow: DataFlow, join: Node, output: Node, layout: str) -> str:
@@ -130,9 +129,6 @@ def _layout_after(flow: DataFlow, join: Node, output: Node, layout: str) -> str:
 
 
 def _read_join(judge: Judge, flow: DataFlow, join: Join, layout: str) -> list[Branch]:
-    if not join.is_sum or len(flow.shapes.get(join.source, ())) not in (3, 4):
-        nodes = sorted(join.nodes, key=flow.order.__getitem__)
-        return [_whole(judge, flow, join.source, join.node, nodes, layout)]
     working = [arm for arm in join.arms if not arm.is_shortcut]
     if join.is_residual:
         return [_branch(judge, flow, join, arm, layout, "identity") for arm in working]

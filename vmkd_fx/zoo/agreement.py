@@ -20,7 +20,7 @@ from vmkd_fx.graph.shapes import Shape
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.zoo.row import UNKNOWN
 
-_MOST_PREFIX = 9
+_MOST_PREFIX = 17
 ROUNDING = 4
 """Locations that a long edge may lack to edge / reduction: stems differ in their padding."""
 

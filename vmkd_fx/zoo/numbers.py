@@ -118,7 +118,7 @@ def _taps(model: nn.Module, module: TracedModule, known: Anatomy, images: Tensor
 
 
 def _alike(shapes: Mapping[Node, Shape], shape: torch.Size) -> dict[str, str]:
-    """Every value of a feature's shape (B, C, H, W), as a map or as tokens with up to eight in front, where
+    """Every value of a feature's shape (B, C, H, W), as a map or as tokens with some in front, where
     timm names no module that is called.
     """
     batch, channels, height, width = shape
