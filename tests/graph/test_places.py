@@ -63,6 +63,8 @@ def test_a_branch_without_a_norm() -> None:
         model = timm.create_model("resnet18")
     with pytest.raises(MatchError, match=r"branch 0 of block 3 of resnet18 .* starts without a norm"):
         vx.tap(model, ["block 3 norm 0"])
+    with pytest.raises(MatchError, match=r"'block \* norm \*' fits nothing: resnet18 has 8 blocks"):
+        vx.tap(model, ["block * norm *"])
 
 
 def test_a_tap_holds_what_the_module_returns_and_leaves_the_rest_alone() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
 from torch.fx import Node
 
 from vmkd_fx.graph.blocks import Site, find_blocks
@@ -68,7 +67,6 @@ def read_anatomy(module: TracedModule, shapes: Mapping[Node, Shape]) -> Anatomy:
         find_stages(module, flow, sites, blocks, logits),
         logits.name,
         0 if module.info.num_classes == 0 else flow.shapes[logits][-1],
-        _classifier_inputs(logits, module),
         tuple(sorted(left_out.items())),
         _hidden_behind(module, flow, sites),
     )
@@ -175,19 +173,3 @@ def _hidden_behind(module: TracedModule, flow: DataFlow, sites: list[Site]) -> s
             if next(module.get_submodule(path).parameters(), None) is not None:
                 return path
     return ""
-
-
-def _classifier_inputs(logits: Node, module: TracedModule) -> int | None:
-    """Channels that the classifier reads: of the Linear or convolution that the logits come from first."""
-    todo, seen = [logits], {logits}
-    while todo:
-        node = todo.pop(0)
-        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, nn.Linear):
-            return layer.in_features
-        if isinstance(layer, nn.Conv2d):
-            return layer.in_channels
-        fresh = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(fresh)
-        todo += fresh
-    return None

@@ -89,7 +89,6 @@ class Anatomy:
         stages: in order; together they hold all blocks.
         logits: name of the node that holds them.
         num_classes: their length; 0 for a model without a classifier.
-        features: channels that the classifier reads; None where it is not found.
         left_out: modules that resemble blocks and are not listed, and why.
         hidden: path of a closed module with parameters behind the last block, which may hold more blocks; ""
             where there is none.
@@ -100,7 +99,6 @@ class Anatomy:
     stages: tuple[Stage, ...]
     logits: str
     num_classes: int
-    features: int | None
     left_out: tuple[tuple[str, str], ...] = ()
     hidden: str = ""
 

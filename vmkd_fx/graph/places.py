@@ -46,7 +46,13 @@ def find_places(module: TracedModule, known: Anatomy, where: int | str) -> list[
     words = _WORDS.fullmatch(str(where).strip())
     if words is not None:
         nodes = {node.name: node for node in module.graph.nodes}
-        return [Place(name, nodes[node]) for name, node in _by_number(known, *words.groups(), where=where)]
+        places = [Place(name, nodes[node]) for name, node in _by_number(known, *words.groups(), where=where)]
+        if not places:
+            raise MatchError(
+                f"place {where!r} fits nothing: {known.model} has {len(known.blocks)} blocks in "
+                f"{len(known.stages)} stages, and no branch of theirs has that; see vmkd inspect"
+            )
+        return places
     returned = module_outputs(module)
     text = str(where)
     if any(mark in text for mark in "*?["):
