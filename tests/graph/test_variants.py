@@ -97,6 +97,15 @@ OPTIONS: dict[str, Callable[[], nn.Module]] = {
     "relative positions": lambda: timm.create_model(
         "beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3, num_classes=10
     ),
+    "random coordinates": lambda: timm.create_model(
+        "vit_base_patch16_sapiens2",
+        img_size=32,
+        depth=2,
+        embed_dim=64,
+        num_heads=2,
+        num_kv_heads=2,
+        num_classes=10,
+    ),
     "drop block": lambda: timm.create_model("resnet10t", num_classes=10, drop_block_rate=0.1),
     "batch norm folded by scale": lambda: timm.create_model("test_nfnet", num_classes=10, drop_rate=0.1),
 }
@@ -104,7 +113,7 @@ OPTIONS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name: str) -> None:
-    edge = 32 if name in ("class attention", "two heads", "relative positions") else 64
+    edge = 32 if name in ("class attention", "two heads", "relative positions", "random coordinates") else 64
     assert_right(OPTIONS[name](), 3, edge, edge)
 
 

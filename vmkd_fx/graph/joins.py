@@ -104,7 +104,9 @@ class DataFlow:
     def is_closed(self, join: Join) -> bool:
         """Whether the tensors between source and join are read nowhere else."""
         inside = join.nodes | {join.node}
-        return all(user in inside or user not in self for node in join.nodes for user in node.users)
+        return all(
+            user in inside or user not in self for node in join.nodes if node in self for user in node.users
+        )
 
     def between(self, start: Node, end: Node) -> tuple[Node, ...]:
         """The nodes on paths from `start` to `end`, without `start`, in graph order."""

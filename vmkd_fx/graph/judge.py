@@ -79,6 +79,8 @@ class Judge:
             return self._step(node, lengths)
         parent, _, name = str(node.target).rpartition(".")
         tensor = getattr(self._modules[parent], name)
+        if isinstance(tensor, nn.Module):  # of which a method is called
+            return str(node.target)
         if tensor.is_floating_point() or tensor.is_meta:
             return tuple(tensor.shape), tensor.dtype, tensor.is_meta
         return tuple(tensor.shape), tensor.dtype, tensor.detach().cpu().contiguous().numpy().tobytes()

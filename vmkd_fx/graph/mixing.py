@@ -31,7 +31,7 @@ from vmkd_fx.graph.locations import (
 from vmkd_fx.graph.shapes import Shape
 from vmkd_fx.graph.share import shared_view
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.graph.values import evaluating, reference_tensor
+from vmkd_fx.graph.values import attribute, evaluating, reference_tensor
 
 Axes = frozenset[int]
 
@@ -199,7 +199,7 @@ class _Run:
                     self.shapes[node], dtype=self.reference.dtype, device=self.reference.device
                 )
         if node.op == "get_attr":
-            return _attribute(self.module, str(node.target))
+            return attribute(self.module, str(node.target))
         if node.target in _WITHOUT_VALUE:
             return None
         args = map_arg(node.args, self.known.__getitem__)
@@ -235,8 +235,3 @@ class _Run:
 
 def _flat(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _attribute(root: torch.nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(parent), name)

@@ -3,7 +3,8 @@
 A trace freezes every read of `self.training`: a graph traced in training mode drops paths in evaluation too.
 Here a model is traced in both modes and the two graphs are laid over each other. Where only a constant
 differs (a rate, a flag), the constant becomes a `ModeSwitch` that returns the right one at run time. Where
-the nodes of a module differ, that module is closed, which keeps its own flag.
+the nodes of a module differ, that module is closed, which keeps its own flag; so is a single method of a
+module that another one calls.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.fx import Graph, Node
 
 from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.edit import owner
-from vmkd_fx.graph.nodes import OWNER
+from vmkd_fx.graph.nodes import METHOD, OWNER
 
 _READS = (
     *(getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod),
@@ -48,25 +49,32 @@ def drop_unread(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def differing_modules(training: Graph, evaluation: Graph) -> list[str]:
-    """Paths of the modules whose own nodes differ between the two traces, by operation and target."""
+def differing_parts(training: Graph, evaluation: Graph) -> list[str]:
+    """Paths of the modules, or of methods that others call, whose own nodes differ between the two traces.
+
+    Nodes are the same when operation and target are.
+    """
     left, right = _own_operations(training), _own_operations(evaluation)
     differing = {path for path in left.keys() | right.keys() if left.get(path) != right.get(path)}
     return sorted(differing or _wired_otherwise(training, evaluation))
 
 
+def _maker(node: Node) -> str:
+    return str(node.meta.get(METHOD) or owner(node))
+
+
 def _own_operations(graph: Graph) -> dict[str, list[tuple[str, Any]]]:
     operations = defaultdict(list)
     for node in graph.nodes:
-        operations[owner(node)].append((node.op, node.target))
+        operations[_maker(node)].append((node.op, node.target))
     return operations
 
 
 def _wired_otherwise(training: Graph, evaluation: Graph) -> set[str]:
-    """Modules with the same operations in both graphs, one of which reads another node."""
+    """Modules and methods with the same operations in both graphs, one of which reads another node."""
     partners = dict(zip(training.nodes, evaluation.nodes, strict=True))
     return {
-        owner(node)
+        _maker(node)
         for node, other in partners.items()
         if [partners[source] for source in node.all_input_nodes] != other.all_input_nodes
     }

@@ -17,6 +17,9 @@ from torch.fx.node import map_aggregate
 OWNER = "vmkd_owner"
 """In a node's meta: the path of the module whose forward holds it."""
 
+METHOD = "vmkd_method"
+"""In a node's meta: the path of the method that makes it, where a forward calls one of another module."""
+
 
 @dataclass(frozen=True)
 class Reference:

@@ -90,9 +90,12 @@ class _Forward(Interpreter):
                 moved[where] = False
                 if bool(moved.any()):
                     return True
-            elif any(bool((moved & other).any()) for other in moved_by):
-                return True
-            moved_by.append(moved)
+            else:
+                if moved.dim() == start.dim():  # two locations may reach one by different channels
+                    moved = moved.sum(sorted({*range(moved.dim())} - axes)) > 0
+                if any(bool((moved & other).any()) for other in moved_by):
+                    return True
+                moved_by.append(moved)
         return False
 
     def _replay(self, program: list[Node], entry: Node, value: torch.Tensor) -> torch.Tensor:
@@ -113,17 +116,18 @@ class _Forward(Interpreter):
 
 
 def _places(shape: torch.Size, axes: Axes) -> list[tuple[slice, ...]]:
-    """The corner, the centre and the last location of the first image, and a neighbour of each along every
-    axis.
+    """The corner, the centre and the last location of the first image, and its neighbours along every
+    axis and across.
     """
     lengths = {axis: shape[axis] for axis in sorted(axes)}
     points: dict[tuple[tuple[int, int], ...], None] = {}
     for part in (0.0, 0.5, 1.0):
         point = {axis: int(part * (length - 1)) for axis, length in lengths.items()}
         points[tuple(point.items())] = None
-        for axis, length in lengths.items():
-            beside = point[axis] + 1 if point[axis] + 1 < length else max(point[axis] - 1, 0)
-            points[tuple({**point, axis: beside}.items())] = None
+        beside = {axis: at + 1 if at + 1 < lengths[axis] else max(at - 1, 0) for axis, at in point.items()}
+        for axis, at in beside.items():
+            points[tuple({**point, axis: at}.items())] = None
+        points[tuple(beside.items())] = None
     every = {axis: slice(None) for axis in range(len(shape))}
     return [
         tuple({**every, 0: slice(0, 1), **{axis: slice(at, at + 1) for axis, at in point}}.values())

@@ -16,7 +16,7 @@ from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.constants import install_constant
 from vmkd_fx.graph.edit import owner
 from vmkd_fx.graph.info import ModelInfo, model_info
-from vmkd_fx.graph.modes import differing_modules, drop_unread, insert_mode_switches, switches_of
+from vmkd_fx.graph.modes import differing_parts, drop_unread, insert_mode_switches, switches_of
 from vmkd_fx.graph.nodes import OWNER
 from vmkd_fx.graph.receipt import PREFIX
 from vmkd_fx.graph.share import INTERNAL, shared_view, unwrapped
@@ -98,10 +98,14 @@ def _trace(model: nn.Module, info: ModelInfo) -> TracedModule:
         if traces is None:
             continue
         training, evaluation = traces
-        differing = differing_modules(training.graph, evaluation.graph)
+        differing = differing_parts(training.graph, evaluation.graph)
         if not differing:
             break
-        if cached := {path for path in differing if _caches(model.get_submodule(path))} - emptied:
+        modules = dict(model.named_modules())
+        if methods := [path for path in differing if path not in modules]:  # others may differ for their sake
+            closed.update((path, "takes other steps in train() than in eval()") for path in methods)
+            continue
+        if cached := {path for path in differing if _caches(modules[path])} - emptied:
             emptied |= cached
             continue
         if "" in differing:

@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Closed:
-    """A module that stayed one node in the graph although it is not torch.nn's: its path and why."""
+    """What stayed one node and is not torch.nn's, a module or a method that others call: path and why."""
 
     path: str
     reason: str

@@ -27,6 +27,7 @@ from vmkd_fx.graph.constants import (
     plain_tensors,
     same_tensor,
 )
+from vmkd_fx.graph.nodes import METHOD
 from vmkd_fx.graph.proxy import (
     AUGMENTED,
     AskableParameter,
@@ -68,7 +69,8 @@ class GraphTracer(torch.fx.Tracer):
     depends on shapes, it follows images of `size`, and must go the same way for two and for three of them.
 
     Args:
-        closed: paths of modules to keep as one node each.
+        closed: paths of modules to keep as one node each, or of methods of modules that others call,
+            `rope.get_embed` say.
         size: (C, H, W) of one image; None where it is not known.
         constants: tensors that forward made up, by name, shared between the traces of one model.
 
@@ -98,6 +100,7 @@ class GraphTracer(torch.fx.Tracer):
         self._plain: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._kept: list[torch.Tensor] = []
         self._scope = _scope()
+        self._running: list[str] = [""]
         self._values: tuple[NodeValues, ...] = ()
         self._refused: set[int] = set()
         self.asking = False
@@ -114,6 +117,8 @@ class GraphTracer(torch.fx.Tracer):
         hooked = root._forward_hooks or root._forward_pre_hooks or "forward" in vars(root)
         self.traced_func_name = "_call_impl" if hooked else "forward"
         with contextlib.ExitStack() as patches:
+            for module, name in _methods(root, self.closed):
+                patches.enter_context(patch.object(module, name, self._recorded(root, module, name)))
             for name, constructor in constructors().items():
                 patches.enter_context(patch.object(torch, name, recording(name, constructor, self)))
             for name, method in recorded_autocast(self).items():
@@ -145,17 +150,19 @@ class GraphTracer(torch.fx.Tracer):
         if self.asking:
             return forward(*args, **kwargs)
         random = torch.get_rng_state()
+        path = self.path_of_module(m)
+        self._running.append(self._running[-1] if self.is_leaf_module(m, path) else path)
         try:
             result = super().call_module(m, forward, args, kwargs)
             _refuse_drawn(random)
             self._refuse_kept()
         except Exception:
             torch.set_rng_state(random)
-            path = (self.submodule_paths or {}).get(m, "")
             if self.failed_in is None and not self.is_leaf_module(m, path):  # closing a leaf mends nothing
                 self.failed_in = path
             raise
-        path = self.path_of_module(m)
+        finally:
+            self._running.pop()
         if not self.is_leaf_module(m, path):
             self.calls.setdefault(path, []).append(Call(_names_in((args, kwargs)), _names_in(result)))
         return result
@@ -165,7 +172,37 @@ class GraphTracer(torch.fx.Tracer):
             raise TraceError(f"{target} runs under {scope}, which a graph does not record")
         if target is torch._assert and len(args) == 2:  # while tracing, a message has no value to name
             args = (args[0], re.sub(r" ?\(?Proxy\([^()]*\)\)?", "", str(args[1])))
-        return super().create_node(kind, target, args, kwargs, *rest, **named)
+        node = super().create_node(kind, target, args, kwargs, *rest, **named)
+        if method := self._method():
+            node.meta[METHOD] = method
+        return node
+
+    def _method(self) -> str:
+        """The path of the other module's method that a forward is running; "" in forward itself."""
+        found, running = "", self._running[-1]
+        frame = inspect.currentframe()
+        while frame is not None:
+            code = frame.f_code
+            caller = frame.f_locals.get("self") if code.co_varnames[:1] == ("self",) else None
+            if isinstance(caller, nn.Module):
+                path = (self.submodule_paths or {}).get(caller, "")
+                if path == running:
+                    return found
+                found = f"{path}.{code.co_name}"
+            frame = frame.f_back
+        return found
+
+    def _recorded(self, root: nn.Module, module: nn.Module, name: str) -> Callable[..., Any]:
+        """A module's method, recorded as a node that calls it."""
+        method, path = getattr(module, name), next(p for p, part in root.named_modules() if part is module)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if self.asking:
+                return method(*args, **kwargs)
+            owner = self.create_proxy("get_attr", path, (), {})
+            return self.create_proxy("call_method", name, (owner, *args), kwargs)
+
+        return record
 
     def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> Any:
         if writes_into_operand(kind, target) and isinstance(args[0], torch.Tensor):
@@ -390,6 +427,15 @@ class GraphTracer(torch.fx.Tracer):
             return True
         finally:
             self.asking = False
+
+
+def _methods(root: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    """Those of `paths` that are a module's methods: module and name."""
+    modules = dict(root.named_modules())
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        if path not in modules and parent in modules:
+            yield modules[parent], name
 
 
 def _refuse_drawn(before: torch.Tensor) -> None:

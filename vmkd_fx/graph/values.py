@@ -111,6 +111,9 @@ class NodeValues:
             with evaluating(self.root.get_submodule(str(node.target))) as module:
                 return module(*args, **kwargs)
         if node.op == "call_method":
+            if isinstance(args[0], nn.Module):
+                with evaluating(args[0]) as module:
+                    return getattr(module, str(node.target))(*args[1:], **kwargs)
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -127,10 +130,13 @@ class NodeValues:
         return self._fakes[node]
 
     def _attribute(self, path: str) -> Any:
-        if path in self._constants:
-            return self._constants[path]
-        parent, _, name = path.rpartition(".")
-        return getattr(self.root.get_submodule(parent), name)
+        return self._constants[path] if path in self._constants else attribute(self.root, path)
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What a `get_attr` node of this target reads under `root`."""
+    parent, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(parent), name)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def drop_unused(module: TracedModule) -> TracedModule:
 def _retrace(module: TracedModule) -> TracedModule:
     closed: set[str] = set()
     while True:
-        tracer = GraphTracer(closed)
+        tracer = GraphTracer(closed, module.info.input_size)
         try:
             return TracedModule(module, tracer.trace(module))
         except Exception as error:

@@ -20,6 +20,7 @@ from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.shapes import Shape, node_shapes, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import attribute
 from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
 from vmkd_fx.passes.pipeline import strip
 from vmkd_fx.passes.std_tokens import inject_std_tokens
@@ -91,7 +92,7 @@ def open_share(module: TracedModule) -> float:
     for node in module.graph.nodes:
         part = modules.get(str(node.target)) if node.op == "call_module" else None
         inside = list(part.parameters()) if part is not None else []
-        if node.op == "get_attr" and isinstance(value := _attribute(module, str(node.target)), nn.Parameter):
+        if node.op == "get_attr" and isinstance(value := attribute(module, str(node.target)), nn.Parameter):
             inside = [value]
         sizes.update({id(p): p.numel() for p in inside if id(p) in layers})
         if node.op == "get_attr" or isinstance(part, _LAYERS):
@@ -162,13 +163,9 @@ def _kind(value: object) -> str:
 def _matters(module: TracedModule, path: str) -> bool:
     """Whether a closed module has parameters, or was closed for another reason than its mode."""
     reason = next(part.reason for part in module.closed if part.path == path)
-    held = next(module.get_submodule(path).parameters(), None) is not None
+    part = attribute(module, path)
+    held = isinstance(part, nn.Module) and next(part.parameters(), None) is not None
     return held or "takes other steps" not in reason
-
-
-def _attribute(module: nn.Module, path: str) -> object:
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.fx import Node
 from vmkd_fx.graph.edit import computes_as, written_to
 from vmkd_fx.graph.shapes import Shape
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.values import attribute
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,7 @@ class AffineReader:
         if not isinstance(value, Node):
             return None
         if value.op == "get_attr" and value.target not in self._changing:
-            holder, _, name = str(value.target).rpartition(".")
-            found = getattr(self.module.get_submodule(holder), name)
+            found = attribute(self.module, str(value.target))
             return found.detach() if isinstance(found, torch.Tensor) else None
         if value.op == "call_method" and value.target in _VIEWS and len(value.all_input_nodes) == 1:
             viewed = self._tensor(value.args[0])
