@@ -64,7 +64,7 @@ def test_uint8_images_are_what_training_saw(tmp_path: Path) -> None:
     from vmkd_fx.distill.data import open_data
 
     data = open_data("digits", labelled=40, image_size=32)
-    card = Card("mixer_nano_32", {}, None, 0, data.input_size, data.mean, data.std, data.labels)
+    card = Card("mixer_nano_32", {}, (), data.input_size, data.mean, data.std, data.labels)
     model = randomise_(card.create()).eval()
     run = vx.load(vx.deploy(model, tmp_path / "b"), device="cpu")
     x, _ = next(iter(data.validation_batches()))

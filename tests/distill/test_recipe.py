@@ -43,7 +43,7 @@ def test_a_complete_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
     assert recipe.student.options == {"img_size": 32, "drop_rate": 0.1}
     assert recipe.teachers[0].checkpoint == "teacher.safetensors"
-    assert recipe.method is not None and recipe.method.preset == "std" and recipe.method.overrides == {}
+    assert [(m.preset, m.overrides) for m in recipe.method] == [("std", {})]
     assert recipe.train.lr == 2e-3 and recipe.train.batch_size == 64
     assert Recipe.model_validate(recipe.model_dump()) == recipe
     with pytest.raises(ValidationError):
@@ -52,7 +52,7 @@ def test_a_complete_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["", "method: none\n", "method: null\n"])
 def test_no_method(tmp_path: Path, method: str) -> None:
-    assert load_recipe(write(tmp_path, PLAIN + method)).method is None
+    assert load_recipe(write(tmp_path, PLAIN + method)).method == ()
 
 
 def test_method_forms_are_one() -> None:
@@ -60,9 +60,10 @@ def test_method_forms_are_one() -> None:
         return Recipe.model_validate({"student": {"model": "m"}, "out": "o", "method": value}).method
 
     assert method("std") == method({"preset": "std"})
-    changed = method({"preset": "std", "alpha": 0.5})
-    assert changed.overrides == {"alpha": 0.5}  # type: ignore[attr-defined]
-    assert changed.model_dump() == {"preset": "std", "alpha": 0.5}  # type: ignore[attr-defined]
+    assert method("std+kd") == method(["std", {"preset": "kd"}])
+    (changed,) = method({"preset": "std", "alpha": 0.5})  # type: ignore[misc]
+    assert changed.overrides == {"alpha": 0.5}
+    assert changed.model_dump() == {"preset": "std", "alpha": 0.5}
 
 
 def test_unknown_method_or_option(tmp_path: Path) -> None:

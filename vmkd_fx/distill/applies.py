@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from vmkd_fx.distill.methods import PRESETS, Method
-from vmkd_fx.errors import MatchError
 from vmkd_fx.graph.parts import Anatomy
-from vmkd_fx.passes.std_tokens import blocks_with_tokens
 
 NO_CLASSIFIER = "{} was made without a classifier (num_classes=0), and teachers teach classes"
 
@@ -17,11 +15,4 @@ def applicability(known: Anatomy) -> dict[str, str | None]:
 
 def missing(known: Anatomy, method: Method) -> str | None:
     """The requirement of `method` that a model does not meet; None where it meets all."""
-    if not known.num_classes:
-        return NO_CLASSIFIER.format(known.model)
-    if method.tokens:
-        try:
-            blocks_with_tokens(known, method.std_config(len(method.positions)))
-        except MatchError as error:
-            return str(error)
-    return None
+    return NO_CLASSIFIER.format(known.model) if not known.num_classes else method.missing(known)

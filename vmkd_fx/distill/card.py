@@ -6,6 +6,7 @@ It travels in the metadata of the weights file, so that `vmkd deploy` needs that
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from torch import nn
 
 from vmkd_fx.distill.checkpoint import load_state, load_weights, read_metadata, read_weights
 from vmkd_fx.distill.data import ImageData
-from vmkd_fx.distill.methods import Method, resolve
-from vmkd_fx.distill.recipe import MethodConfig, ModelConfig, Recipe
+from vmkd_fx.distill.recipe import ModelConfig, Recipe
 from vmkd_fx.errors import CheckpointError
 from vmkd_fx.graph.info import model_info
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.models.named import named_model
-from vmkd_fx.passes.std_tokens import inject_std_tokens
+from vmkd_fx.passes.injections import Injected, inject
 
 KEY = "card"
 
@@ -32,8 +32,7 @@ class Card:
 
     Attributes:
         model, options: name and keyword arguments, as `named_model` takes them.
-        method: preset and changed settings of the distillation, None without one.
-        teachers: how many there were.
+        edits: what its methods put into it, in order: the name of each pass and its settings.
         input_size, mean, std: of the images, (C, H, W) and one value a channel.
         labels: names of the classes, in the order of the logits; empty where nobody named them.
         data: the data set it was trained on, as `open_data` takes it; None where unknown.
@@ -41,8 +40,7 @@ class Card:
 
     model: str
     options: dict[str, Any]
-    method: dict[str, Any] | None
-    teachers: int
+    edits: tuple[dict[str, Any], ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -56,7 +54,7 @@ class Card:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Card:
         """The inverse of `to_json`."""
-        lists = ("input_size", "mean", "std", "labels")
+        lists = ("edits", "input_size", "mean", "std", "labels")
         return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
 
     def create(self) -> nn.Module:
@@ -71,30 +69,16 @@ class Card:
         return model
 
     def inject(self, student: nn.Module) -> TracedModule:
-        """The student as it was trained: traced, with what its method injects."""
-        module = trace(student)
-        method = self.resolved_method()
-        return (
-            inject_std_tokens(module, method.std_config(self.teachers))
-            if method and method.tokens
-            else module
-        )
-
-    def resolved_method(self) -> Method | None:
-        """The method with its settings."""
-        if self.method is None:
-            return None
-        config = MethodConfig.model_validate(self.method)
-        return resolve(config.preset, config.overrides)
+        """The student as it was trained: traced, with what its methods put in."""
+        return inject(trace(student), [Injected.from_json(edit) for edit in self.edits])
 
 
-def make_card(recipe: Recipe, data: ImageData) -> Card:
-    """The card of the student that `recipe` trains on `data`."""
+def make_card(recipe: Recipe, data: ImageData, edits: Iterable[Injected] = ()) -> Card:
+    """The card of the student that `recipe` trains on `data`, after the `edits` of its methods."""
     return Card(
         model=recipe.student.model,
         options={"num_classes": data.num_classes, **recipe.student.options},
-        method=None if recipe.method is None else recipe.method.model_dump(mode="json"),
-        teachers=len(recipe.teachers),
+        edits=tuple(edit.to_json() for edit in edits),
         input_size=data.input_size,
         mean=data.mean,
         std=data.std,
@@ -106,7 +90,7 @@ def make_card(recipe: Recipe, data: ImageData) -> Card:
 def card_for(model: str, options: dict[str, Any]) -> Card:
     """The card of a plain timm model, for weights by someone else: images as timm prepares them for it."""
     info = model_info(create_model(ModelConfig(model=model, options=options)))
-    return Card(model, options, None, 0, info.need_input_size(), info.mean, info.std, (), None)
+    return Card(model, options, (), info.need_input_size(), info.mean, info.std, (), None)
 
 
 def create_model(config: ModelConfig) -> nn.Module:

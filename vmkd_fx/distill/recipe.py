@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import (
@@ -53,16 +53,11 @@ class ModelConfig(_Section):
 
 
 class MethodConfig(BaseModel):
-    """A distillation method: a preset, and those of its options that are changed. A bare text is a preset."""
+    """A distillation method: a preset, and those of its options that are changed."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     preset: str = Field(description="name of the preset", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        return {"preset": value} if isinstance(value, str) else value
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -118,23 +113,28 @@ class TrainConfig(_Section):
 
 
 class Recipe(_Section):
-    """One training, complete. `method` absent or "none" is training without distillation."""
+    """One training, complete.
+
+    `method` is a preset's name, several joined by "+", a mapping with the preset and changed options, or a
+    list of these; absent or "none" it is training without distillation.
+    """
 
     student: ModelConfig
     teachers: tuple[ModelConfig, ...] = Field(default=(), strict=False)
-    method: MethodConfig | None = None
+    method: tuple[MethodConfig, ...] = Field(default=(), strict=False)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     out: str = Field(description="folder for the log, checkpoints and weights")
 
     @field_validator("method", mode="before")
     @classmethod
-    def _no_method(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    def _as_list(cls, value: Any) -> Any:
+        items = [] if value in ("none", None) else value if isinstance(value, (list, tuple)) else [value]
+        return [part for item in items for part in _methods_in(item)]
 
     @model_validator(mode="after")
     def _teachers_are_used(self) -> Recipe:
-        if self.teachers and self.method is None:
+        if self.teachers and not self.method:
             raise ValueError(
                 "teachers are given and no method that uses them; add a method or drop the teachers"
             )
@@ -144,6 +144,11 @@ class Recipe(_Section):
         """SHA-256 of everything but `out`, in hexadecimal: trainings with one digest are one training."""
         content = self.model_dump(mode="json", exclude={"out"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _methods_in(item: Any) -> list[Any]:
+    """The methods that a text stands for; anything else is one, right or wrong."""
+    return [{"preset": name.strip()} for name in item.split("+")] if isinstance(item, str) else [item]
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -211,15 +216,15 @@ def _check_names(recipe: Recipe, source: Source) -> None:
     for keys, kind, name, known in choices:
         if name not in known:
             raise UnknownNameError(kind, name, known, f"{source.where(keys)}: {dotted(keys)}")
-    if recipe.method is not None:
-        _check_method(recipe.method, source.where(("method",)))
+    _check_methods(recipe.method, source.where(("method",)))
 
 
-def _check_method(method: MethodConfig, where: str) -> None:
-    from vmkd_fx.distill import methods
+def _check_methods(methods: Sequence[MethodConfig], where: str) -> None:
+    from vmkd_fx.distill.methods import resolve, resolve_all
 
     try:
-        methods.resolve(method.preset, method.overrides)
+        if methods:
+            resolve_all([resolve(method.preset, method.overrides) for method in methods])
     except VmkdError as error:
         error.args = (f"{where}: method: {error}",)
         raise

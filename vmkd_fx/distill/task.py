@@ -4,7 +4,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from vmkd_fx.distill.losses import HardDistillation, SoftDistillation, TeacherLoss
-from vmkd_fx.distill.methods import Method
+from vmkd_fx.distill.methods import Batch, Method
 from vmkd_fx.distill.teachers import Teacher
+from vmkd_fx.errors import RecipeError
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
-from vmkd_fx.passes.std_tokens import NAME as STD
 from vmkd_fx.passes.std_tokens import predicted
 
 
@@ -40,15 +39,15 @@ class Predictor(nn.Module):
 
 
 class DistillationTask(TrainingTask):
-    """A student that learns from labels and teachers: L = (1 - alpha) L_class + alpha L_dist (STD Eq. 12).
+    """A student that learns from labels and teachers: the class loss, weighted, and every method's terms.
 
-    `task(images, targets)` returns `loss`, `output` (the class logits), `class_loss`, `dist_loss` and one
-    `dist_loss/i` a teacher. Make one with `vmkd_fx.wrap`.
+    `task(images, targets)` returns `loss`, `output` (the class logits), `class_loss`, `dist_loss` (the sum of
+    the weighted terms) and each term before its weight, `<method>/<term>`. Make one with `vmkd_fx.wrap`.
 
     Args:
-        student: the traced student with whatever the method injects.
-        teachers: modules that map the student's images to logits.
-        method: losses and their weights.
+        student: the traced student with whatever the methods inject.
+        teachers: modules that map the student's images to their outputs.
+        methods: the terms of the loss.
         criterion: the loss to the labels; cross-entropy by default.
     """
 
@@ -56,45 +55,45 @@ class DistillationTask(TrainingTask):
         self,
         student: TracedModule,
         teachers: Iterable[Teacher],
-        method: Method,
+        methods: Sequence[Method] = (),
         criterion: nn.Module | None = None,
     ) -> None:
         reference = reference_tensor(student)
         super().__init__(device=reference.device, dtype=reference.dtype, verbose=False)
         self.trainable_module: nn.Module = student
         self.teachers = nn.ModuleList(teachers)
-        self.method = method
+        self.methods = tuple(methods)
         self.criterion = criterion or nn.CrossEntropyLoss()
-        distillation = (
-            HardDistillation() if method.distillation == "hard" else SoftDistillation(method.temperature)
-        )
-        self.teacher_loss = TeacherLoss(distillation, method.confidence)
+        self.class_share = min((method.class_share for method in methods), default=1.0)
+        self.class_output = next((m.class_output for m in methods if m.class_output != LOGITS), LOGITS)
+        self.epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch runs, from 0; methods with a schedule need it before its first step."""
+        self.epoch = epoch
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses for images (B, 3, H, W) and labels (B,), or soft labels (B, C) where the criterion takes
         them.
+
+        Raises:
+            RecipeError: a method has a schedule and `set_epoch` was never called.
         """
+        if self.epoch is None and (waiting := [m.name for m in self.methods if m.needs_epoch]):
+            raise RecipeError(
+                f"method {waiting[0]!r} changes with the epoch; call task.set_epoch(epoch) before each epoch"
+            )
         outputs = self.trainable_module(input)
-        logits = outputs[LOGITS] if isinstance(outputs, dict) else outputs
-        class_loss = self.criterion(logits, target)
-        if not len(self.teachers):
-            return {"loss": class_loss, "output": logits, "class_loss": class_loss}
-        teachers = torch.stack([teacher(input) for teacher in self.teachers])
-        heads = (
-            [outputs[f"{STD}/{i}"] for i in range(len(teachers))]
-            if self.method.tokens
-            else [logits] * len(teachers)
-        )
-        losses = self.teacher_loss(torch.stack(heads), teachers)
-        dist_loss = losses.sum()
-        alpha = self.method.alpha
-        return {
-            "loss": (1 - alpha) * class_loss + alpha * dist_loss,
-            "output": logits,
-            "class_loss": class_loss,
-            "dist_loss": dist_loss,
-            **{f"dist_loss/{index}": loss for index, loss in enumerate(losses)},
-        }
+        outputs = outputs if isinstance(outputs, dict) else {LOGITS: outputs}
+        class_loss = self.criterion(outputs[self.class_output], target)
+        found = {"output": outputs[LOGITS], "class_loss": class_loss}
+        if not self.methods:
+            return {"loss": class_loss, **found}
+        batch = Batch(outputs, [teacher(input) for teacher in self.teachers], target, self.epoch)
+        terms = [term for method in self.methods for term in method.terms(batch)]
+        dist_loss = sum((term.weight * term.value for term in terms), torch.zeros_like(class_loss))
+        loss = self.class_share * class_loss + dist_loss
+        return {"loss": loss, **found, "dist_loss": dist_loss, **{term.name: term.value for term in terms}}
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the student in DistributedDataParallel; teachers stay as they are."""

@@ -1,28 +1,36 @@
-"""Teachers: frozen, in eval mode, fed with images as they know them. What the user gives keeps its own mode
-and flags.
+"""Teachers: frozen, in eval mode, fed with images as they know them, tapped where a method reads a feature.
+What the user gives keeps its own mode and flags.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vmkd_fx.distill.methods import Source
 from vmkd_fx.errors import ModelError, UnknownNameError
+from vmkd_fx.graph.anatomy import anatomy
+from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.info import ModelInfo, model_info
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.share import shared_view, unwrapped
+from vmkd_fx.graph.trace import trace
+from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
+from vmkd_fx.passes.feature_taps import NAME as TAPS
+from vmkd_fx.passes.feature_taps import tap
 
 _logger = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
-    """One teacher: images normalised for the student in, logits (B, C) out, without gradients.
+    """One teacher: images normalised for the student in, "logits" (B, C) and tapped features out, without
+    gradients.
 
     Args:
         model: the teacher; its parameters are used where they are, its modes are left alone.
@@ -36,7 +44,7 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, student: ModelInfo) -> None:
         super().__init__()
         self.info = model_info(model)
-        self.model = shared_view(unwrapped(model)).eval()
+        self.model: nn.Module = shared_view(unwrapped(model)).eval()
         reference = reference_tensor(model)
         own_mean, own_std, mean, std = (
             torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
@@ -47,6 +55,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
         self.same_normalisation = (self.info.mean, self.info.std) == (student.mean, student.std)
         self.resize = self._resize(student)
+        self.student_size = student.need_input_size()
 
     def _resize(self, student: ModelInfo) -> tuple[int, int] | None:
         own, theirs = self.info.input_size, student.input_size
@@ -60,18 +69,44 @@ class Teacher(nn.Module):
         )
         return own[1], own[2]
 
+    @property
+    def source(self) -> Source:
+        """What methods know of it, its features among them, for which it is traced.
+
+        Raises:
+            TraceError: its forward cannot be written down as a graph.
+        """
+        size = self._own_size()
+        if not isinstance(self.model, TracedModule):
+            self.model = trace(self.model, input_size=size).eval()
+        return Source(self.info.name, anatomy(self.model), size)
+
+    def tap(self, places: Mapping[str, int | str]) -> None:
+        """Let features leave beside the logits, under the names of `places`."""
+        if places:
+            self.model = tap(self.model, places).eval()
+
+    def _own_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that reach the model."""
+        channels, *edges = self.student_size
+        height, width = self.resize or edges
+        return channels, height, width
+
     def train(self, mode: bool = True) -> Teacher:
         """A teacher stays in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         given, images = images.dtype, images.to(self.scale.dtype)
         if not self.same_normalisation:
             images = images * self.scale + self.shift
         if self.resize:
             images = F.interpolate(images, self.resize, mode="bicubic", antialias=True)
-        return self.model(images).to(given)
+        found = self.model(images)
+        if not isinstance(found, dict):
+            return {LOGITS: found.to(given)}
+        return {name.removeprefix(f"{TAPS}/"): value.to(given) for name, value in found.items()}
 
 
 def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int) -> nn.ModuleList:

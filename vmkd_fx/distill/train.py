@@ -8,12 +8,15 @@ from torch import nn
 
 from vmkd_fx.distill.card import KEY, create_model, make_card
 from vmkd_fx.distill.data import ImageData, open_data
+from vmkd_fx.distill.methods import resolve
 from vmkd_fx.distill.recipe import ModelConfig, Recipe
 from vmkd_fx.distill.run_folder import TrainResult
 from vmkd_fx.distill.trainer import fit
 from vmkd_fx.distill.wrap import wrap
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import class_count
+from vmkd_fx.graph.trace import trace
+from vmkd_fx.passes.injections import edits_of
 
 
 def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> TrainResult:
@@ -24,14 +27,16 @@ def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Trai
     """
     data = open_data(**recipe.data.model_dump())
     torch.manual_seed(recipe.train.seed)
+    task = make_task(recipe, data)
+    edits = edits_of(trace(task)) if recipe.method else ()
     return fit(
-        make_task(recipe, data),
+        task,
         data,
         recipe.train,
         recipe.out,
         digest=recipe.digest(),
         name=recipe.student.model,
-        about={KEY: make_card(recipe, data).to_json()},
+        about={KEY: make_card(recipe, data, edits).to_json()},
         resume=resume,
         progress=progress,
     )
@@ -46,11 +51,11 @@ def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
     student = make_card(recipe, data).dress(_create(recipe.student, data))
     _check_classes(recipe.student.model, student, data)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
-    if recipe.method is None:
+    if not recipe.method:
         return ClassificationTask(student, criterion=criterion, verbose=False)
     teachers = [_create(teacher, data) for teacher in recipe.teachers]
-    method = recipe.method
-    return wrap(student, method.preset, teachers, criterion=criterion, **method.overrides)
+    methods = [resolve(method.preset, method.overrides) for method in recipe.method]
+    return wrap(student, methods, teachers, criterion=criterion, epochs=recipe.train.epochs)
 
 
 def _create(config: ModelConfig, data: ImageData) -> nn.Module:

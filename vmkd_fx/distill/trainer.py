@@ -48,6 +48,7 @@ from vmkd_fx.distill.run_folder import (
     recorded,
     tidy,
 )
+from vmkd_fx.distill.task import DistillationTask
 from vmkd_fx.errors import TrainingError
 from vmkd_fx.files import make_folder
 from vmkd_fx.progress import Progress
@@ -152,6 +153,8 @@ class _Run:
 
     def train_epoch(self, bar: Progress[int]) -> None:
         """The rest of the current epoch, with its evaluation and the checkpoints that fall into it."""
+        if isinstance(self.task, DistillationTask):
+            self.task.set_epoch(self.epoch)
         self.task.train()
         config = self.config
         for images, targets in self.data.train_batches(

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from vmkd_fx.distill.applies import NO_CLASSIFIER
-from vmkd_fx.distill.methods import Method, resolve
+from vmkd_fx.distill.methods import Method, Source, resolve_all
 from vmkd_fx.distill.task import DistillationTask
-from vmkd_fx.distill.teachers import make_teachers
-from vmkd_fx.errors import ModelError, RecipeError
+from vmkd_fx.distill.teachers import Teacher, make_teachers
+from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.anatomy import anatomy
+from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.trace import trace
-from vmkd_fx.passes.std_tokens import inject_std_tokens
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.passes.injections import inject
 
 
 def wrap(
     student: Any,
-    method: str | Method,
+    method: str | Method | Sequence[str | Method],
     teachers: Iterable[str | nn.Module] = (),
     *,
     copy: bool = False,
     criterion: nn.Module | None = None,
     input_size: tuple[int, int, int] | None = None,
+    epochs: int | None = None,
     **settings: Any,
 ) -> DistillationTask:
     """Make a training task of a student.
@@ -32,37 +36,60 @@ def wrap(
     Args:
         student: a model, a traced module or a task. Its parameters are trained where they are; the rest of it
             is left as it was.
-        method: name of a preset ("std", "std-intermediate", "hard", "kd") or a `Method`.
+        method: name of a preset, see `vmkd_fx.distill.methods.PRESETS`; several as "vitkd+nkd" or in a list;
+            or a `Method`.
         teachers: modules, or names of timm models whose published weights are then loaded.
         copy: train a copy of the parameters instead.
         criterion: the loss to the labels; cross-entropy by default.
         input_size: (C, H, W) of one image, where the student does not say.
-        **settings: changes to the preset, see `Method`.
+        epochs: how long the training will be, for methods with a schedule; `task.set_epoch` then says which
+            one runs.
+        **settings: changes to the preset, see its `Method`.
 
     Returns:
         A `timm.task.TrainingTask`: `task(images, targets)` gives "loss", "output" and every named loss term.
 
     Raises:
         UnknownNameError: no such method or teacher.
-        RecipeError: a setting does not exist, or there is no teacher.
+        RecipeError: a setting does not exist, or there is no teacher, or a schedule is longer than `epochs`.
         MatchError: the student has nothing that the method could be attached to.
         ModelError: student and teacher know different classes, or the student has no classifier.
     """
-    chosen = method if isinstance(method, Method) else resolve(method, settings)
-    if isinstance(method, Method) and settings:
-        raise RecipeError(
-            f"settings {', '.join(settings)} change a preset given by name; here a Method was given"
-        )
+    methods = resolve_all(method, settings)
     teachers = [teachers] if isinstance(teachers, (str, nn.Module)) else list(teachers)
-    if not teachers:
-        raise RecipeError(
-            f"method {chosen.name!r} needs a teacher: wrap(student, {chosen.name!r}, teachers=[...])"
-        )
+    for chosen in methods:
+        chosen.check_run(len(teachers), epochs)
     module = trace(student, copy=copy, input_size=input_size)
     if module.info.num_classes == 0:
         raise ModelError(NO_CLASSIFIER.format(module.info.name))
     classes = class_count(module, module.info.need_input_size())
-    frozen = make_teachers(teachers, module.info, classes)
-    if chosen.tokens:
-        module = inject_std_tokens(module, chosen.std_config(len(teachers)))
-    return DistillationTask(module, frozen, chosen, criterion)  # type: ignore[arg-type]
+    frozen: list[Teacher] = list(make_teachers(teachers, module.info, classes))  # type: ignore[arg-type]
+    return DistillationTask(_injected(module, methods, frozen), frozen, methods, criterion)
+
+
+def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequence[Teacher]) -> TracedModule:
+    """The student with everything that the methods put in: first what becomes part of it."""
+    known = anatomy(module)
+    for method in methods:
+        if changes := method.changes(known):
+            module = inject(module, changes, known)
+            known = anatomy(module)
+    sources = _tapped(known, methods, teachers)
+    for method in methods:
+        module = inject(module, method.injections(known, sources), known)
+    return module
+
+
+def _tapped(known: Anatomy, methods: Sequence[Method], teachers: Sequence[Teacher]) -> list[Source]:
+    """Tap every feature that some method reads, and return what the methods know of the teachers."""
+    sources = [Source(teacher.info.name) for teacher in teachers]
+    for method in methods:
+        index = method.feature_teacher
+        if index is None:
+            continue
+        if sources[index].known is None:
+            sources[index] = teachers[index].source
+        seen = sources[index].known
+        assert seen is not None
+        teachers[index].tap(method.teacher_places(known, seen))
+    return sources

@@ -12,7 +12,6 @@ from timm.models import get_arch_name, is_model
 from torch import nn
 
 from vmkd_fx.distill.applies import applicability
-from vmkd_fx.distill.methods import PRESETS
 from vmkd_fx.errors import VmkdError
 from vmkd_fx.graph.anatomy import read_anatomy
 from vmkd_fx.graph.edit import logits_node
@@ -23,7 +22,7 @@ from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import attribute
 from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
 from vmkd_fx.passes.pipeline import strip
-from vmkd_fx.passes.std_tokens import inject_std_tokens
+from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 from vmkd_fx.zoo.agreement import disagreement
 from vmkd_fx.zoo.row import Row
 
@@ -105,7 +104,7 @@ def injections(known: Anatomy) -> dict[str, Callable[[TracedModule], TracedModul
     """Every injection that applies to a model, by name."""
     found: dict[str, Callable[[TracedModule], TracedModule]] = {}
     if applicability(known)["std"] is None:
-        std = PRESETS["std-intermediate"].std_config(2)
+        std = StdConfig(positions=("2/3", -1))
         found["std"] = lambda module: inject_std_tokens(module, std, known)
     if known.blocks:
         places = (("blocks", "block *"), ("stages", "stage *"), ("branches", "block * branch *"))
