@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "ground": {"ground"},
     "graph": {"ground", "graph"},
     "models": {"ground", "models"},
-    "passes": {"ground", "graph", "passes"},
+    "passes": {"ground", "graph", "models", "passes"},
     "distill": {"ground", "graph", "passes", "models", "distill"},
     "deploy": {"ground", "graph", "passes", "deploy"},
     "zoo": {"ground", "graph", "passes", "distill", "zoo"},

@@ -7,7 +7,7 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -31,6 +31,7 @@ from vmkd_fx.graph.shapes import Shape, node_shapes
 from vmkd_fx.graph.stages import find_stages
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.trailing import split_trailing
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -69,6 +70,7 @@ def read_anatomy(module: TracedModule, shapes: Mapping[Node, Shape]) -> Anatomy:
         0 if module.info.num_classes == 0 else flow.shapes[logits][-1],
         tuple(sorted(left_out.items())),
         _hidden_behind(module, flow, sites),
+        _final(module, flow, sites, logits),
     )
 
 
@@ -147,7 +149,14 @@ def _branch(judge: Judge, flow: DataFlow, join: Join, arm: Arm, layout: str, sho
         tuple(node.name for node in body),
         mixing,
         shortcut,
+        _work(judge.module, body, arm.end).name,
     )
+
+
+def _work(module: TracedModule, body: Sequence[Node], end: Node) -> Node:
+    """The end of a branch's work, before layer scale, drop path and dropout."""
+    work, _ = split_trailing(module, body)
+    return work[-1] if work else end
 
 
 def _whole(
@@ -160,7 +169,17 @@ def _whole(
     else:
         mixing = Mixing(None, "the tensor that enters has another layout")
     names = tuple(node.name for node in nodes)
-    return Branch(entry.name, output.name, output.name, None, layout, names, mixing, "none")
+    end = _work(judge.module, nodes, output).name
+    return Branch(entry.name, output.name, output.name, None, layout, names, mixing, "none", end)
+
+
+def _final(module: TracedModule, flow: DataFlow, sites: list[Site], logits: Node) -> str:
+    """The name of the norm of the same shape behind the last block, else of what that block leaves."""
+    if not sites:
+        return ""
+    output = sites[-1].output
+    norm = leading_norm(module, output, flow.between(output, logits))
+    return (norm if norm and flow.shapes[norm] == flow.shapes[output] else output).name
 
 
 def _hidden_behind(module: TracedModule, flow: DataFlow, sites: list[Site]) -> str:

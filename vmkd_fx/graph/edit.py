@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,6 +105,13 @@ class Injection:
         self.nodes.append(copy.name)
         return copy
 
+    def item(self, node: Node, index: int) -> Node:
+        """One of the values that `node` holds."""
+        with self.module.graph.inserting_after(node):
+            found = self.module.graph.call_function(operator.getitem, (node, index))
+        self.nodes.append(found.name)
+        return found
+
     def emit(self, name: str, node: Node) -> None:
         """Let `node` leave through the graph's output as `<pass>/<name>`."""
         self.outputs[f"{self.name}/{name}"] = node
@@ -150,7 +158,7 @@ def changes_in_place(node: Node, module: nn.Module) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
     augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-    return augmented or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+    return augmented or bool(node.kwargs.get("inplace", False)) or node.kwargs.get("out") is not None
 
 
 def written_to(node: Node, module: nn.Module) -> bool:

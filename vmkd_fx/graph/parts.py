@@ -22,6 +22,7 @@ class Branch:
         mixing: whether the body mixes tokens, and by what.
         shortcut: what the work is added to: "identity", the stream; "projection", a layer of its own on the
             stream; "none", where the block is a chain or a concatenation and its work is taken as one branch.
+        work: name of the last node before layer scale, drop path and dropout.
     """
 
     stream: str
@@ -32,6 +33,7 @@ class Branch:
     body: tuple[str, ...]
     mixing: Mixing
     shortcut: str = "identity"
+    work: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Anatomy:
         left_out: modules that resemble blocks and are not listed, and why.
         hidden: path of a closed module with parameters behind the last block, which may hold more blocks; ""
             where there is none.
+        final: name of the node that holds the last features: the last block's output, normalised where a norm
+            of the same shape stands behind it.
     """
 
     model: str
@@ -101,6 +105,7 @@ class Anatomy:
     num_classes: int
     left_out: tuple[tuple[str, str], ...] = ()
     hidden: str = ""
+    final: str = ""
 
     def __str__(self) -> str:
         """Blocks as rows; neighbours that differ in their path alone share one."""

@@ -6,7 +6,9 @@
 | `"block 3"`, `"block *"` | the same, in words; all blocks |
 | `"stage 2"`, `"stage -1"`, `"stage *"` | what a stage leaves, counted from 0 |
 | `"block 3 branch 1"` | the end of a residual branch, before it is added |
+| `"block 3 work 1"` | the same, before layer scale, drop path and dropout |
 | `"block 3 norm 0"` | the norm that such a branch starts with |
+| `"final"` | what the last block leaves, behind the norm that follows it |
 | `"blocks.3.mlp"`, `"layer4"` | what a module returns |
 | `"blocks.*.norm1"` | every module whose path fits the pattern |
 | `"add_5"` | a node of the graph |
@@ -25,7 +27,7 @@ from vmkd_fx.errors import MatchError, UnknownNameError
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
 
-_WORDS = re.compile(r"(?:(block|stage)\s+)?(\*|-?\d+(?:/\d+)?)(?:\s+(branch|norm)\s+(\*|-?\d+))?")
+_WORDS = re.compile(r"(?:(block|stage)\s+)?(\*|-?\d+(?:/\d+)?)(?:\s+(branch|work|norm)\s+(\*|-?\d+))?")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def find_places(module: TracedModule, known: Anatomy, where: int | str) -> list[
                 f"{len(known.stages)} stages, and no branch of theirs has that; see vmkd inspect"
             )
         return places
-    returned = module_outputs(module)
     text = str(where)
+    if text == "final" and known.final:
+        return [Place("final", next(node for node in module.graph.nodes if node.name == known.final))]
+    returned = module_outputs(module)
     if any(mark in text for mark in "*?["):
         found = [Place(path, node) for path, node in returned.items() if fnmatchcase(path, text)]
         if not found:
@@ -99,7 +103,7 @@ def _by_number(
         missing = f"block {i} of {known.model} ({block.path}) has no branch {number}"
         for j in _chosen(number, len(block.branches), missing, "branches"):
             branch = block.branches[j]
-            node = branch.end if part == "branch" else branch.norm
+            node = {"branch": branch.end, "work": branch.work, "norm": branch.norm}[part]
             if node is None and "*" not in (index, number):
                 raise MatchError(
                     f"branch {j} of block {i} of {known.model} ({block.path}) starts without a norm"

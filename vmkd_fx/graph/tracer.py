@@ -141,8 +141,9 @@ class GraphTracer(torch.fx.Tracer):
         return module_qualified_name in self.closed or self.is_layer(m)
 
     def is_layer(self, module: nn.Module) -> bool:
-        """Whether a module is one operation, wherever it stands."""
-        return isinstance(module, self._layers) or super().is_leaf_module(module, "")
+        """Whether a module is one operation, wherever it stands; ours say so by `stays_closed`."""
+        stays_closed = bool(getattr(type(module), "stays_closed", False))
+        return stays_closed or isinstance(module, self._layers) or super().is_leaf_module(module, "")
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

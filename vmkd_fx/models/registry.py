@@ -8,4 +8,9 @@ from functools import cache
 @cache
 def register() -> None:
     """Make the models of this package known to `timm.create_model`; every verb that takes a name calls it."""
-    import vmkd_fx.models.mixer  # noqa: F401 (timm's decorator registers on import)
+    # timm's decorator registers on import.
+    import vmkd_fx.models.cycle_mlp
+    import vmkd_fx.models.gfnet
+    import vmkd_fx.models.mixer
+    import vmkd_fx.models.rednet
+    import vmkd_fx.models.riformer  # noqa: F401
