@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import nn
 
 import vmkd_fx as vx
+import vmkd_fx.models.cycle_mlp  # timm's decorator registers on import
 from tests.checks import assert_is, assert_same_module, fingerprint
 from tests.models import images, small
 from vmkd_fx.errors import MatchError, ReceiptError, RecipeError, UnknownNameError
@@ -22,17 +25,94 @@ TWO = StdConfig(positions=("2/3", -1))
 FAMILIES = ("mixer", "resmlp", "gmlp", "deit", "poolformer")
 
 
+def of_table_2(name: str) -> nn.Module:
+    """A student of table 2 without memory; timm's big ResMLP has patches of 8 pixels, the paper's of 16."""
+    big = {"patch_size": 16, "num_blocks": 24, "embed_dim": 768, "mlp_ratio": 4, "norm_layer": Affine}
+    with torch.device("meta"):
+        if name == "resmlp_b24":
+            return MlpMixer(block_layer=partial(ResBlock, init_values=1e-6), **big)
+        return timm.create_model(name)
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters", "operations"),
-    [("mixer_s16_224", 22.163, 4.2535), ("mixer_b16_224", 66.708, 13.670), ("resmlp_24_224", 32.452, 6.226)],
+    ("name", "parameters", "operations", "printed"),
+    [
+        ("mixer_s16_224", 22.163, 4.2535, (22.2, 4.3)),
+        ("mixer_b16_224", 66.708, 13.670, (66.7, 13.7)),
+        ("resmlp_24_224", 32.452, 6.226, (32.5, 6.2)),
+        ("resmlp_b24", 122.565, 24.070, (122.6, 24.1)),
+        ("cycle_mlp_b1", 18.421, 2.249, (18.4, 2.2)),
+        ("cycle_mlp_b2", 30.068, 4.008, (30.1, 4.0)),
+    ],
 )
-def test_sizes_of_std_table_2(name: str, parameters: float, operations: float) -> None:
+def test_sizes_of_std_table_2(
+    name: str, parameters: float, operations: float, printed: tuple[float, float]
+) -> None:
     """Two teachers at the last block, K = 1, 1000 classes; millions of parameters and billions of
-    multiply-adds.
+    multiply-adds, and both as the paper prints them.
     """
-    module = inject_std_tokens(vx.trace(timm.create_model(name)), StdConfig(positions=(-1, -1)))
-    assert parameter_count(module) / 1e6 == pytest.approx(parameters, abs=5e-4)
-    assert multiply_adds(module, module.info.need_input_size()) / 1e9 == pytest.approx(operations, rel=2e-4)
+    size = (3, 224, 224)
+    module = inject_std_tokens(vx.trace(of_table_2(name), input_size=size), StdConfig(positions=(-1, -1)))
+    found = parameter_count(module) / 1e6, multiply_adds(module, size) / 1e9
+    assert found == pytest.approx((parameters, operations), rel=2e-4)
+    assert (round(found[0], 1), round(found[1], 1)) == printed
+
+
+def test_the_size_of_the_statistics_network() -> None:
+    """1122 -> 512 -> 512 -> 1 for two pairs of a CycleMLP, the paper's 0.84 M; table 2 leaves it out."""
+    student = vx.trace(of_table_2("cycle_mlp_b1"), input_size=(3, 224, 224))
+    one, other = (
+        inject_std_tokens(student, StdConfig((-1, -1), information=measured)) for measured in (True, False)
+    )
+    assert parameter_count(one) - parameter_count(other) == 838145
+
+
+@pytest.mark.parametrize(("tokens", "length"), [("both", 24 + 16), ("spatial", 24), ("channel", 16)])
+def test_tokens_of_one_kind(tokens: str, length: int) -> None:
+    """The other kind's parameters are gone, and what stays computes as it did beside it."""
+    model = small("mixer")
+    both = inject_std_tokens(vx.trace(model), StdConfig(blocks=2)).double().eval()
+    module = inject_std_tokens(vx.trace(model), StdConfig(blocks=2, tokens=tokens)).double().eval()
+    path = "vmkd.std.teacher_0.tokens"
+    kept, every = module.get_submodule(path), both.get_submodule(path)
+    kept.load_state_dict({key: every.state_dict()[key] for key in kept.state_dict()})
+    other = {"spatial": "channel", "channel": "spatial"}.get(tokens, "none of them")
+    assert [key for key in every.state_dict() if other not in key] == list(kept.state_dict())
+
+    z = images(2, dtype=torch.float64)
+    assert module(z)["std/0"].shape == (2, 10)
+    assert module.get_submodule("vmkd.std.teacher_0.head").in_features == length
+    feature = torch.randn(2, 16, 24, dtype=torch.float64)
+    expected = every(feature)[:, {"channel": slice(24, None)}.get(tokens, slice(length))]
+    assert torch.equal(kept(feature), expected)
+
+
+def test_the_keys_of_both_tokens() -> None:
+    """Checkpoints hold them."""
+    own = inject_std_tokens(vx.trace(small("mixer")), StdConfig()).get_submodule("vmkd.std").state_dict()
+    block = [
+        f"{part}.{kind}"
+        for token in ("spatial", "channel")
+        for part in (f"norm_{token}", f"mlp_{token}.fc1", f"mlp_{token}.fc2")
+        for kind in ("weight", "bias")
+    ]
+    tokens = ["spatial", "channel", *(f"blocks.0.{name}" for name in block)]
+    assert list(own) == [
+        *(f"teacher_0.tokens.{name}" for name in tokens),
+        *("teacher_0.head.weight", "teacher_0.head.bias"),
+    ]
+
+
+def test_the_class_token_is_left_out() -> None:
+    model = small("deit")
+    block = vx.anatomy(model).blocks[-1]
+    tokens = inject_std_tokens(vx.trace(model), StdConfig()).get_submodule("vmkd.std.teacher_0.tokens")
+    z = torch.randn(2, 17, 24)
+    other = torch.cat([torch.randn(2, 1, 24), z[:, 1:]], 1)
+    assert block.prefix_tokens == 1
+    assert tokens(z).shape == (2, 24 + 16)
+    assert torch.equal(tokens(z), tokens(other))
+    assert not torch.equal(tokens(z), tokens(z + 1))
 
 
 @pytest.mark.parametrize("name", ["mixer_s16_224", "resmlp_12_224", "gmlp_ti16_224", "deit_tiny_patch16_224"])
@@ -170,10 +250,22 @@ def test_a_node_read_by_others_is_not_taken_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"positions": ()}, {"blocks": 0}, {"spatial_ratio": 0}, {"channel_ratio": -1}]
+    ("settings", "message"),
+    [
+        ({"positions": ()}, "needs a position for each teacher"),
+        ({"blocks": 0}, "at least one token block"),
+        ({"spatial_ratio": 0}, "must be positive"),
+        ({"channel_ratio": -1}, "must be positive"),
+        ({"tokens": "none"}, "Known: both, channel, spatial"),
+        ({"variant": "other"}, "Known: paper, third_party"),
+        ({"tokens": "spatial", "information": True}, "tokens='spatial' leaves one kind"),
+        ({"tokens": "channel", "variant": "third_party"}, "knows tokens='both' alone"),
+        ({"teachers": 2}, "leave teachers out"),
+        ({"teachers": 0, "variant": "third_party"}, "leave teachers out"),
+    ],
 )
-def test_settings_that_cannot_be(settings: dict) -> None:
-    with pytest.raises(RecipeError):
+def test_settings_that_cannot_be(settings: dict, message: str) -> None:
+    with pytest.raises((RecipeError, UnknownNameError), match=message):
         StdConfig(**settings)
 
 
