@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint sweep bench clean
+.PHONY: demo test test-slow lint sweep papers bench clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vmkd demo --out demo-out
@@ -23,9 +23,13 @@ sweep: $(VENV)/installed-test
 	$(BIN)/vmkd sweep --out sweep-out
 	cp sweep-out/coverage.md docs/coverage.md
 
+papers: $(VENV)/installed-test
+	$(BIN)/python benchmarks/papers.py
+
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/lowering_cost.py
 	$(BIN)/python benchmarks/tracing_cost.py
+	$(BIN)/python benchmarks/distillation_cost.py
 
 clean:
 	rm -rf $(VENV) demo-out sweep-out

@@ -47,7 +47,7 @@ def small(family: str, **options: object) -> nn.Module:
     if family == "poolformer":
         model = MetaFormer(
             depths=(1, 1, 1, 1),
-            dims=(8, 16, 24, 32),
+            dims=common.pop("dims", (8, 16, 24, 32)),
             token_mixers=Pooling,
             norm_layers=GroupNorm1,
             downsample_norm=None,

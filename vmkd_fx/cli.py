@@ -66,6 +66,15 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print(report(trace(model, input_size=parsed.input_size)))
 
 
+def _recipes(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+
+    require("torch", "train", "listing the methods")
+    from vmkd_fx.distill.listing import explained, listing
+
+    print(explained(parsed.preset) if parsed.preset else listing())
+
+
 def _sweep(parsed: argparse.Namespace) -> None:
     from vmkd_fx.extras import require
 
@@ -182,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of one image, where the model does not say: 3,224,224",
     )
     _add_options(inspect)
+
+    recipes = verb("recipes", _recipes, "list the distillation methods", "vmkd recipes vitkd")
+    recipes.add_argument("preset", metavar="PRESET", nargs="?", help="explain this one")
 
     sweep = verb("sweep", _sweep, "check what works for which timm models", "vmkd sweep --pattern 'vit_*'")
     sweep.add_argument("--pattern", default="*", help="of names, as the shell matches them (default: all)")

@@ -222,14 +222,6 @@ def test_a_graph_with_tokens_is_refused() -> None:
         inject_circulant_mixers(graph, CirculantConfig())
 
 
-@pytest.mark.parametrize("family", PLACES)
-def test_it_is_lowered(family: str) -> None:
-    graph = inject_circulant_mixers(vx.trace(small(family)), CirculantConfig())
-    lowered = vx.lower(graph, target="onnxruntime")
-    assert list(mixers_of(lowered)) == list(mixers_of(graph))
-    assert vx.ledger(lowered).steps[-1].error < 1e-12
-
-
 def test_a_model_that_holds_one_is_traced_around_it() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

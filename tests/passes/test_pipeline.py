@@ -36,7 +36,7 @@ def test_the_ledger_tells_what_happened() -> None:
     lowered = vx.lower(training, evaluate=lambda module: seen.append(module(images())) or 0.5)
     book = vx.ledger(lowered)
     names = [step.name for step in book.steps]
-    assert names == ["training graph", "strip", "evaluation", "channel_affine", "lowered"]
+    assert names == ["training graph", "strip", "evaluation", "channel_affine", "circulant", "lowered"]
     sizes = [step.parameters for step in book.steps]
     assert sizes[0] > sizes[1] > sizes[-1]
     assert all(step.error is None or step.error <= step.tolerance for step in book.steps)

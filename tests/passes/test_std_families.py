@@ -14,7 +14,8 @@ import vmkd_fx.models.cycle_mlp
 from tests.checks import assert_computes_the_same, assert_is
 from tests.models import images, small
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens, predicted
+from vmkd_fx.passes.prediction import predicted
+from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 
 SMALL = {
     "cycle_mlp_b1": {"layers": (1, 1, 2, 1), "embed_dims": (8, 16, 24, 32)},

@@ -15,7 +15,7 @@ def report(module: TracedModule) -> str:
     """Anatomy, size, what was left out or stayed closed, and which methods apply."""
     known = anatomy(module)
     size = module.info.need_input_size()
-    applies = applicability(known)
+    applies = applicability(module, known)
     lines = [
         str(known),
         "",

@@ -18,7 +18,7 @@ from vmkd_fx.errors import RecipeError
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
-from vmkd_fx.passes.std_tokens import predicted
+from vmkd_fx.passes.prediction import predicted
 
 
 class Predictor(nn.Module):
@@ -49,6 +49,7 @@ class DistillationTask(TrainingTask):
         teachers: modules that map the student's images to their outputs.
         methods: the terms of the loss.
         criterion: the loss to the labels; cross-entropy by default.
+        epochs: how long the training will be, where that is known.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DistillationTask(TrainingTask):
         teachers: Iterable[Teacher],
         methods: Sequence[Method] = (),
         criterion: nn.Module | None = None,
+        epochs: int | None = None,
     ) -> None:
         reference = reference_tensor(student)
         super().__init__(device=reference.device, dtype=reference.dtype, verbose=False)
@@ -67,6 +69,7 @@ class DistillationTask(TrainingTask):
         self.class_share = min((method.class_share for method in methods), default=1.0)
         self.class_output = next((m.class_output for m in methods if m.class_output != LOGITS), LOGITS)
         self.epoch: int | None = None
+        self.epochs = epochs
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch runs, from 0; methods with a schedule need it before its first step."""
@@ -89,7 +92,7 @@ class DistillationTask(TrainingTask):
         found = {"output": outputs[LOGITS], "class_loss": class_loss}
         if not self.methods:
             return {"loss": class_loss, **found}
-        batch = Batch(outputs, [teacher(input) for teacher in self.teachers], target, self.epoch)
+        batch = Batch(outputs, [teacher(input) for teacher in self.teachers], target, self.epoch, self.epochs)
         terms = [term for method in self.methods for term in method.terms(batch)]
         dist_loss = sum((term.weight * term.value for term in terms), torch.zeros_like(class_loss))
         loss = self.class_share * class_loss + dist_loss

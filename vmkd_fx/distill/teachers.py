@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmkd_fx.distill.methods import Source
+from vmkd_fx.distill.methods import Source, Wanted
 from vmkd_fx.errors import ModelError, UnknownNameError
 from vmkd_fx.graph.anatomy import anatomy
 from vmkd_fx.graph.edit import LOGITS
@@ -20,10 +20,10 @@ from vmkd_fx.graph.info import ModelInfo, model_info
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.share import shared_view, unwrapped
 from vmkd_fx.graph.trace import trace
-from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.passes.feature_taps import NAME as TAPS
 from vmkd_fx.passes.feature_taps import tap
+from vmkd_fx.passes.heads.features import resize_tokens, to_tokens
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Teacher(nn.Module):
         self.same_normalisation = (self.info.mean, self.info.std) == (student.mean, student.std)
         self.resize = self._resize(student)
         self.student_size = student.need_input_size()
+        self.wanted: dict[str, Wanted] = {}
 
     def _resize(self, student: ModelInfo) -> tuple[int, int] | None:
         own, theirs = self.info.input_size, student.input_size
@@ -69,22 +70,28 @@ class Teacher(nn.Module):
         )
         return own[1], own[2]
 
-    @property
-    def source(self) -> Source:
-        """What methods know of it, its features among them, for which it is traced.
+    def source(self, features: bool = False) -> Source:
+        """What methods know of it; with `features` it is traced, and its anatomy is there.
 
         Raises:
             TraceError: its forward cannot be written down as a graph.
         """
         size = self._own_size()
-        if not isinstance(self.model, TracedModule):
-            self.model = trace(self.model, input_size=size).eval()
-        return Source(self.info.name, anatomy(self.model), size)
+        if not features:
+            return Source(self.info.name, size)
+        self.model = trace(self.model, input_size=size).eval()
+        return Source(self.info.name, size, anatomy(self.model))
 
-    def tap(self, places: Mapping[str, int | str]) -> None:
-        """Let features leave beside the logits, under the names of `places`."""
-        if places:
-            self.model = tap(self.model, places).eval()
+    def read(self, wanted: Mapping[str, Wanted]) -> None:
+        """Let features leave beside the logits, by name, as patch tokens (B, N, C) on the student's grid."""
+        self.wanted = dict(wanted)
+        self.model = tap(self.model, {name: one.place for name, one in wanted.items()}).eval()
+        for name, one in wanted.items():
+            if one.grid != one.student_grid:
+                _logger.info(
+                    "teacher %s: feature %s of %s patches is resized to the student's %s",
+                    *(self.info.name, name, one.grid, one.student_grid),
+                )
 
     def _own_size(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that reach the model."""
@@ -106,11 +113,23 @@ class Teacher(nn.Module):
         found = self.model(images)
         if not isinstance(found, dict):
             return {LOGITS: found.to(given)}
-        return {name.removeprefix(f"{TAPS}/"): value.to(given) for name, value in found.items()}
+        features = {name: self._brought(found[f"{TAPS}/{name}"], one) for name, one in self.wanted.items()}
+        return {name: value.to(given) for name, value in ({LOGITS: found[LOGITS]} | features).items()}
+
+    @staticmethod
+    def _brought(feature: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+        """A feature in the teacher's layout as patch tokens on the student's grid."""
+        tokens = to_tokens(feature, wanted.layout, wanted.prefix_tokens)
+        same = wanted.grid == wanted.student_grid
+        return tokens if same else resize_tokens(tokens, wanted.grid, wanted.student_grid)
 
 
-def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int) -> nn.ModuleList:
+def make_teachers(
+    teachers: Iterable[str | nn.Module], student: ModelInfo, num_classes: int | None
+) -> nn.ModuleList:
     """Teachers from modules or from names of timm models with published weights.
+
+    `num_classes` is what they must know; None where nothing but features are read.
 
     Raises:
         UnknownNameError: timm has no such model.
@@ -121,22 +140,24 @@ def make_teachers(teachers: Iterable[str | nn.Module], student: ModelInfo, num_c
     )
 
 
-def _teacher_module(teacher: str | nn.Module, student: ModelInfo, num_classes: int) -> nn.Module:
+def _teacher_module(teacher: str | nn.Module, student: ModelInfo, num_classes: int | None) -> nn.Module:
     if isinstance(teacher, str):
         return _published(teacher, student, num_classes)
     if not isinstance(teacher, nn.Module):
         raise ModelError(f"a teacher is a module or the name of a timm model, got {type(teacher).__name__}")
+    if num_classes is None:
+        return teacher
     info = model_info(teacher)
     count = info.num_classes or class_count(teacher, info.input_size or student.need_input_size())
     _check_classes(info.name, count, student.name, num_classes)
     return teacher
 
 
-def _published(name: str, student: ModelInfo, num_classes: int) -> nn.Module:
+def _published(name: str, student: ModelInfo, num_classes: int | None) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         raise UnknownNameError("timm model", name, timm.list_models(), where="teacher")
     config = timm.get_pretrained_cfg(name)
-    if config is not None:
+    if config is not None and num_classes is not None:
         _check_classes(name, config.num_classes, student.name, num_classes)
     try:
         return timm.create_model(name, pretrained=True)

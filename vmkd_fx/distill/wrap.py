@@ -13,7 +13,6 @@ from vmkd_fx.distill.task import DistillationTask
 from vmkd_fx.distill.teachers import Teacher, make_teachers
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.anatomy import anatomy
-from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
@@ -62,9 +61,14 @@ def wrap(
     module = trace(student, copy=copy, input_size=input_size)
     if module.info.num_classes == 0:
         raise ModelError(NO_CLASSIFIER.format(module.info.name))
-    classes = class_count(module, module.info.need_input_size())
+    classes: int | None = class_count(module, module.info.need_input_size())
+    if not any(chosen.reads_logits for chosen in methods):
+        classes = None
     frozen: list[Teacher] = list(make_teachers(teachers, module.info, classes))  # type: ignore[arg-type]
-    return DistillationTask(_injected(module, methods, frozen), frozen, methods, criterion)
+    module = _injected(module, methods, frozen)
+    for chosen in methods:
+        chosen.start(module, [teacher.model for teacher in frozen])
+    return DistillationTask(module, frozen, methods, criterion, epochs)
 
 
 def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequence[Teacher]) -> TracedModule:
@@ -74,22 +78,20 @@ def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequenc
         if changes := method.changes(known):
             module = inject(module, changes, known)
             known = anatomy(module)
-    sources = _tapped(known, methods, teachers)
+    student = Source(module.info.name, module.info.need_input_size(), known)
+    sources = _tapped(student, methods, teachers)
     for method in methods:
-        module = inject(module, method.injections(known, sources), known)
+        module = inject(module, method.injections(student, sources), known)
     return module
 
 
-def _tapped(known: Anatomy, methods: Sequence[Method], teachers: Sequence[Teacher]) -> list[Source]:
+def _tapped(student: Source, methods: Sequence[Method], teachers: Sequence[Teacher]) -> list[Source]:
     """Tap every feature that some method reads, and return what the methods know of the teachers."""
-    sources = [Source(teacher.info.name) for teacher in teachers]
-    for method in methods:
-        index = method.feature_teacher
-        if index is None:
-            continue
-        if sources[index].known is None:
-            sources[index] = teachers[index].source
-        seen = sources[index].known
-        assert seen is not None
-        teachers[index].tap(method.teacher_places(known, seen))
+    readers = {i for method in methods if (i := method.feature_teacher) is not None}
+    sources = [teacher.source(index in readers) for index, teacher in enumerate(teachers)]
+    for index in readers:
+        reading = [method for method in methods if method.feature_teacher == index]
+        teachers[index].read(
+            {name: one for method in reading for name, one in method.wanted(student, sources[index]).items()}
+        )
     return sources

@@ -11,15 +11,43 @@ from typing import Any
 from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.passes import feature_taps, std_tokens
+from vmkd_fx.passes import (
+    affine_mixer,
+    bias_heads,
+    bias_tokens,
+    circulant_mixer,
+    feature_taps,
+    hints,
+    imitation,
+    std_tokens,
+    two_heads,
+    vitkd,
+)
+from vmkd_fx.passes.affine_mixer import AffineConfig, inject_affine_mixers
+from vmkd_fx.passes.bias_heads import BiasHeadConfig, inject_bias_heads
+from vmkd_fx.passes.bias_tokens import BiasTokenConfig, add_bias_tokens
+from vmkd_fx.passes.circulant_mixer import CirculantConfig, inject_circulant_mixers
 from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
+from vmkd_fx.passes.hints import FitNetConfig, MgdConfig, inject_fitnet, inject_mgd
+from vmkd_fx.passes.imitation import ImitationConfig, inject_imitation
 from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
+from vmkd_fx.passes.two_heads import TwoHeadsConfig, inject_two_heads
+from vmkd_fx.passes.vitkd import VitKdConfig, inject_vitkd
 
 Inject = Callable[[TracedModule, Any, Anatomy | None], TracedModule]
 
 INJECTIONS: dict[str, tuple[type, Inject]] = {
+    circulant_mixer.NAME: (CirculantConfig, inject_circulant_mixers),
+    bias_tokens.NAME: (BiasTokenConfig, add_bias_tokens),
+    affine_mixer.NAME: (AffineConfig, inject_affine_mixers),
     std_tokens.NAME: (StdConfig, inject_std_tokens),
     feature_taps.NAME: (TapConfig, inject_feature_taps),
+    vitkd.NAME: (VitKdConfig, inject_vitkd),
+    hints.FITNET: (FitNetConfig, inject_fitnet),
+    hints.MGD: (MgdConfig, inject_mgd),
+    two_heads.NAME: (TwoHeadsConfig, inject_two_heads),
+    bias_heads.HEADS: (BiasHeadConfig, inject_bias_heads),
+    imitation.NAME: (ImitationConfig, inject_imitation),
 }
 """The settings of each edit, and the pass that makes it."""
 

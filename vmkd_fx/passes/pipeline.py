@@ -13,27 +13,27 @@ import torch
 from torch import nn
 
 from vmkd_fx.errors import UnknownNameError, VerificationError
+from vmkd_fx.graph.edit import named_outputs
 from vmkd_fx.graph.receipt import undo
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images, randomise_
+from vmkd_fx.passes.circulant_lowering import realise_circulants
 from vmkd_fx.passes.evaluation import specialise_to_evaluation
 from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
+from vmkd_fx.passes.prediction import PREDICTIONS, keep_as_prediction, predicted, teacher_heads
 from vmkd_fx.passes.record import LoweringPass, Record
-from vmkd_fx.passes.std_tokens import NAME as STD
-from vmkd_fx.passes.std_tokens import keep_as_prediction, predicted
 from vmkd_fx.steps import Ledger, Step
 from vmkd_fx.target import parse_target
 
 LOWERING: tuple[tuple[str, LoweringPass], ...] = (
     ("evaluation", specialise_to_evaluation),
     ("channel_affine", fold_channel_affines),
+    ("circulant", realise_circulants),
 )
 """The passes of `lower`, in their order."""
-
-PREDICTIONS = ("class", "mean", "dist")
 
 
 def strip(model: Any, predict: str = "class", *, copy: bool = False) -> TracedModule:
@@ -177,8 +177,7 @@ def _check_strip(training: TracedModule, stripped: TracedModule, predict: str) -
 
 
 def _accuracies(training: TracedModule, evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
-    has_heads = any(receipt.name == STD for receipt in training.receipts)
-    predictions = PREDICTIONS if has_heads else PREDICTIONS[:1]
+    predictions = PREDICTIONS if teacher_heads(named_outputs(training)) else PREDICTIONS[:1]
     return {predict: float(evaluate(strip(training, predict).eval())) for predict in predictions}
 
 

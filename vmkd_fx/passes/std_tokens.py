@@ -31,18 +31,9 @@ from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.passes.heads.information import TokenInformation
 from vmkd_fx.passes.std_modules import SpatialChannelTokens, StdConfig
-from vmkd_fx.passes.std_prediction import NAME, keep_as_prediction, predicted
 from vmkd_fx.passes.std_shared import SharedTokens, shared_blocks
 
-__all__ = [
-    "INFORMATION",
-    "NAME",
-    "StdConfig",
-    "blocks_with_tokens",
-    "inject_std_tokens",
-    "keep_as_prediction",
-    "predicted",
-]
+NAME = "std"
 
 INFORMATION = f"{NAME}/information"
 """The output that holds the mutual information's loss."""

@@ -67,9 +67,9 @@ def check(name: str) -> Row:
     row.blocks, row.stages = len(known.blocks), len(known.stages)
     row.unclear = sum(branch.mixing.mixes is None for block in known.blocks for branch in block.branches)
     row.timm = disagreement(model, module, shapes, known)
-    row.methods = {method: reason or "" for method, reason in applicability(known).items()}
+    row.methods = {method: reason or "" for method, reason in applicability(module, known).items()}
     with _timed(row, "round trip"):
-        row.round_trip = _round_trip(module, injections(known))
+        row.round_trip = _round_trip(module, injections(module, known))
     return row
 
 
@@ -100,10 +100,10 @@ def open_share(module: TracedModule) -> float:
     return sum(size for key, size in sizes.items() if key in opened) / total if total else 1.0
 
 
-def injections(known: Anatomy) -> dict[str, Callable[[TracedModule], TracedModule]]:
+def injections(module: TracedModule, known: Anatomy) -> dict[str, Callable[[TracedModule], TracedModule]]:
     """Every injection that applies to a model, by name."""
     found: dict[str, Callable[[TracedModule], TracedModule]] = {}
-    if applicability(known)["std"] is None:
+    if applicability(module, known)["std"] is None:
         std = StdConfig(positions=("2/3", -1))
         found["std"] = lambda module: inject_std_tokens(module, std, known)
     if known.blocks:

@@ -161,7 +161,8 @@ def _mixing(module: TracedModule, known: Anatomy) -> str:
 
 def _round_trip(model: nn.Module, known: Anatomy, images: Tensor) -> str:
     """Every injection that applies, three training steps, and out again."""
-    for name, inject in injections(known).items():
+    plain = trace(model, input_size=_size(images))
+    for name, inject in injections(plain, known).items():
         student = deepcopy(model)
         module = trace(student, input_size=_size(images))
         wrapped = inject(module)

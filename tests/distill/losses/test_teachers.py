@@ -22,7 +22,7 @@ from vmkd_fx.distill.losses import (
 )
 from vmkd_fx.errors import ModelError, RecipeError, UnknownNameError
 
-GOLDEN = Path(__file__).parents[2] / "data" / "09c_std_loss.npz"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "09c_std_loss.npz"
 
 
 @pytest.fixture(scope="module")

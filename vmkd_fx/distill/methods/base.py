@@ -8,29 +8,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vmkd_fx.errors import RecipeError
+from vmkd_fx.distill.methods.pairs import Wanted
+from vmkd_fx.errors import MatchError, ModelError, RecipeError
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.parts import Anatomy
-from vmkd_fx.passes.injections import Injected
-
-Places = Mapping[str, int | str]
+from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.passes.injections import Injected, inject
 
 
 @dataclass(frozen=True)
 class Source:
-    """A teacher as a method sees it before training.
+    """A student or a teacher as a method sees it before training.
 
     Attributes:
         name: of the model.
-        known: its anatomy; None where only its logits are read.
         input_size: (C, H, W) of the images that it is given.
+        known: its anatomy; None for a teacher of which only logits are read.
     """
 
     name: str
+    input_size: tuple[int, int, int]
     known: Anatomy | None = None
-    input_size: tuple[int, int, int] | None = None
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Its anatomy, which whoever reads features has asked for."""
+        assert self.known is not None, f"the anatomy of {self.name} was not read"
+        return self.known
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class Batch:
         teachers: the outputs of each teacher: "logits", and the features that were asked for.
         target: labels (B,), or soft labels (B, C).
         epoch: from 0; None where nobody said.
+        epochs: how many there will be; None where nobody said.
     """
 
     outputs: Mapping[str, Tensor]
     teachers: Sequence[Mapping[str, Tensor]]
     target: Tensor
     epoch: int | None = None
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,30 @@ class Method:
         return None
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether teacher and student must know the same classes."""
+        return True
+
+    @property
     def needs_epoch(self) -> bool:
         """Whether its terms change with the epoch."""
         return False
 
-    def missing(self, known: Anatomy) -> str | None:
+    def missing(self, module: TracedModule, known: Anatomy) -> str | None:
         """The requirement that a student does not meet; None where it meets all."""
+        try:
+            inject(module, self.changes(known), known)
+            self.check_student(module, known)
+        except (MatchError, RecipeError, ModelError) as error:
+            return str(error)
         return None
+
+    def check_student(self, module: TracedModule, known: Anatomy) -> None:
+        """Refuse a student that has nothing to attach the method to.
+
+        Raises:
+            MatchError, RecipeError: what is missing.
+        """
 
     def check_run(self, teachers: int, epochs: int | None) -> None:
         """Refuse a number of teachers, or a length of the training, that the settings do not fit.
@@ -106,18 +131,29 @@ class Method:
             raise RecipeError(
                 f"method {self.name!r} needs a teacher: wrap(student, {self.name!r}, teachers=[...])"
             )
+        if self.feature_teacher is not None and self.feature_teacher >= teachers:
+            raise RecipeError(
+                f"{self.name}: teacher={self.feature_teacher}, and there are {teachers}, counted from 0"
+            )
 
     def changes(self, known: Anatomy) -> list[Injected]:
         """Edits that become part of the student's own function, in order."""
         return []
 
-    def teacher_places(self, student: Anatomy, teacher: Anatomy) -> Places:
-        """What to read in the feature teacher, by name; see `vmkd_fx.graph.places`."""
+    def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
+        """What to read in the feature teacher, by name.
+
+        Raises:
+            MatchError: the teacher has no such feature, or none that fits the student's.
+        """
         return {}
 
-    def injections(self, known: Anatomy, sources: Sequence[Source]) -> list[Injected]:
+    def injections(self, student: Source, teachers: Sequence[Source]) -> list[Injected]:
         """Edits that only training needs, in order."""
         return []
+
+    def start(self, student: TracedModule, teachers: Sequence[nn.Module]) -> None:
+        """What is done once to the student, edited and untrained, before the first step."""
 
     def terms(self, batch: Batch) -> list[Term]:
         """What it adds to the loss."""

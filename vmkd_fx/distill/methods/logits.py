@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from vmkd_fx.distill.losses import (
     CONFIDENCES,
+    DKD,
+    NKD,
     HardDistillation,
     SoftDistillation,
     confidence_weights,
 )
 from vmkd_fx.distill.methods.base import Batch, Method, Term
-from vmkd_fx.distill.methods.settings import choice, positive, share
+from vmkd_fx.distill.methods.settings import choice, not_negative, positive, share
 from vmkd_fx.graph.edit import LOGITS
 
 DISTILLATIONS = ("hard", "soft")
@@ -78,3 +80,68 @@ class Distillation(Method):
         heads = [batch.outputs[LOGITS]] * len(batch.teachers)
         values = weighted(heads, batch, self.confidence, loss)
         return [Term(f"{self.name}/{index}", value, self.alpha) for index, value in enumerate(values)]
+
+
+@dataclass(frozen=True)
+class Nkd(Method):
+    """L = L_class + weight L_nkd: the teacher's target class and the rest, each normalised (Yang et al.,
+    2023).
+
+    Attributes:
+        gamma: γ, weight of the classes but the target; the authors' recipe for DeiT has 1, their class 1.5.
+        temperature: of the classes but the target.
+        weight: of both.
+        confidence: how several teachers are weighted.
+    """
+
+    gamma: float = 1.5
+    temperature: float = 1.0
+    weight: float = 1.0
+    confidence: str = "negative_entropy"
+
+    paper: ClassVar[str] = "NKD, Yang et al., 2023"
+
+    def __post_init__(self) -> None:
+        choice("confidence", self.confidence, CONFIDENCES)
+        positive(self, "temperature", "weight")
+        not_negative(self, "gamma")
+
+    def terms(self, batch: Batch) -> list[Term]:
+        loss = NKD(self.gamma, self.temperature)
+        return labelled(self.name, loss, self.weight, self.confidence, batch)
+
+
+@dataclass(frozen=True)
+class Dkd(Method):
+    """L = L_class + weight L_dkd: the target's share and the rest, weighted apart (Zhao et al., 2022, Eq. 7).
+
+    Attributes:
+        alpha, beta: weights of the target's share and of the rest.
+        temperature: of both.
+        weight: of both together.
+        confidence: how several teachers are weighted.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    weight: float = 1.0
+    confidence: str = "negative_entropy"
+
+    paper: ClassVar[str] = "DKD, Zhao et al., 2022"
+
+    def __post_init__(self) -> None:
+        choice("confidence", self.confidence, CONFIDENCES)
+        positive(self, "temperature", "weight")
+        not_negative(self, "alpha", "beta")
+
+    def terms(self, batch: Batch) -> list[Term]:
+        loss = DKD(self.alpha, self.beta, self.temperature)
+        return labelled(self.name, loss, self.weight, self.confidence, batch)
+
+
+def labelled(name: str, loss: nn.Module, weight: float, confidence: str, batch: Batch) -> list[Term]:
+    """The terms of a loss of the class head that looks at the labels as well."""
+    heads = [batch.outputs[LOGITS]] * len(batch.teachers)
+    values = weighted(heads, batch, confidence, lambda head, teacher: loss(head, teacher, batch.target))
+    return [Term(f"{name}/{index}", value, weight) for index, value in enumerate(values)]

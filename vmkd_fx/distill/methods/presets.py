@@ -8,8 +8,14 @@ from dataclasses import fields, replace
 from typing import Any
 
 from vmkd_fx.distill.methods.base import Method
-from vmkd_fx.distill.methods.logits import Distillation
+from vmkd_fx.distill.methods.ccs import Ccs
+from vmkd_fx.distill.methods.cit import CiT
+from vmkd_fx.distill.methods.deit import DeiT
+from vmkd_fx.distill.methods.features import FitNet, Mgd
+from vmkd_fx.distill.methods.logits import Distillation, Dkd, Nkd
+from vmkd_fx.distill.methods.riformer import RIFormer
 from vmkd_fx.distill.methods.std import Std
+from vmkd_fx.distill.methods.vitkd import ViTKD
 from vmkd_fx.errors import RecipeError, UnknownNameError
 
 PRESETS: dict[str, Method] = {
@@ -17,8 +23,17 @@ PRESETS: dict[str, Method] = {
     for method in (
         Std("std"),
         Std("std-intermediate", positions=("2/3", -1)),
-        Distillation("hard"),
+        ViTKD("vitkd"),
+        RIFormer("riformer"),
+        Ccs("ccs"),
+        CiT("cit"),
         Distillation("kd", distillation="soft", temperature=3.0),
+        Distillation("hard"),
+        DeiT("deit"),
+        FitNet("fitnet"),
+        Mgd("mgd"),
+        Dkd("dkd"),
+        Nkd("nkd"),
     )
 }
 """`std-intermediate`: the first teacher at two thirds of the depth, the second at the end (STD section
@@ -89,7 +104,10 @@ def refuse_twice(methods: Iterable[Method]) -> None:
     """
     seen: dict[str, str] = {}
     for method in methods:
-        kind = method.name
+        edits = type(method).injections is not Method.injections or type(method).changes is not Method.changes
+        kind = type(method).__name__ if edits else method.name
         if kind in seen:
-            raise RecipeError(f"method {method.name!r} is there twice; give it once, with its settings")
+            if seen[kind] == method.name:
+                raise RecipeError(f"method {method.name!r} is there twice; give it once, with its settings")
+            raise RecipeError(f"{seen[kind]!r} and {method.name!r} are of one kind; take one of them")
         seen[kind] = method.name

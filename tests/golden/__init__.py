@@ -1,0 +1,1 @@
+"""Numbers recorded from the authors' own code, replayed through this project's classes."""

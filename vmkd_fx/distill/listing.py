@@ -1,0 +1,80 @@
+"""The presets as tables: paper, students that fit, settings and their defaults."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from dataclasses import fields
+from typing import Any
+
+from vmkd_fx.distill.methods import PRESETS, Method, resolve, settings_of
+from vmkd_fx.table import table
+
+
+def listing() -> str:
+    """All presets, a row each."""
+    rows = [
+        (name, method.paper, method.fits, ", ".join(defaults(method))) for name, method in PRESETS.items()
+    ]
+    return "\n".join(
+        (
+            table(("preset", "paper", "students", "defaults"), rows),
+            "",
+            "several train one student: 'vitkd+nkd', or a list in a recipe; "
+            "'vmkd recipes PRESET' explains one",
+        )
+    )
+
+
+def explained(name: str) -> str:
+    """One preset: what its loss is, and each setting with its default and meaning.
+
+    Raises:
+        UnknownNameError: there is no such preset.
+    """
+    method = resolve(name)
+    meanings = _meanings(type(method))
+    settings = [
+        textwrap.fill(
+            f"{setting} ({_shown(getattr(method, setting))}): {meanings.get(setting, '')}",
+            width=100,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
+        for setting in settings_of(method)
+    ]
+    summary = (inspect.getdoc(type(method)) or "").partition("\n\nAttributes:")[0]
+    head = f"{name} ({method.paper}), for {method.fits}"
+    return "\n".join((head, "", summary, "", "settings, with their defaults:", *settings))
+
+
+def defaults(method: Method) -> list[str]:
+    """The settings that say most: numbers, and what differs from the method's other presets."""
+    shown = []
+    for field in fields(method):
+        value = getattr(method, field.name)
+        number = isinstance(value, float)
+        if field.name != "name" and (number or value != field.default):
+            shown.append(f"{field.name}={_shown(value)}")
+    return shown
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """What the docstrings of a class and of those it is made of say about each attribute."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        text = (base.__dict__.get("__doc__") or "").partition("Attributes:")[2]
+        entries = re.split(r"\n {8}(?=\w)", text)
+        for entry in entries:
+            names, colon, meaning = entry.partition(": ")
+            if colon:
+                meaning = " ".join(meaning.split())
+                found.update({name.strip(): meaning for name in names.split(",")})
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return "none" if value is None else str(value)
