@@ -33,8 +33,8 @@ def test_a_family_is_traced_understood_and_given_back(member: Member) -> None:
     assert row.faults == {}
     assert row.open_share == 1.0 or row.closed
     assert row.blocks > 0
-    assert set(row.round_trip) == {"std", "taps"}
-    assert not any(row.methods.values())
+    assert set(row.round_trip) >= {"std", "taps"}
+    assert {name for name, why in row.methods.items() if not why} >= {"std", "kd", "hard", "dkd", "nkd"}
 
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if not m.slow], ids=lambda member: member.family)

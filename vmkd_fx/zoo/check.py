@@ -15,15 +15,13 @@ from vmkd_fx.distill.applies import applicability
 from vmkd_fx.errors import VmkdError
 from vmkd_fx.graph.anatomy import read_anatomy
 from vmkd_fx.graph.edit import logits_node
-from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.shapes import Shape, node_shapes, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import attribute
-from vmkd_fx.passes.feature_taps import TapConfig, inject_feature_taps
 from vmkd_fx.passes.pipeline import strip
-from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 from vmkd_fx.zoo.agreement import disagreement
+from vmkd_fx.zoo.injections import injections
 from vmkd_fx.zoo.row import Row
 
 _LAYERS = (
@@ -69,7 +67,7 @@ def check(name: str) -> Row:
     row.timm = disagreement(model, module, shapes, known)
     row.methods = {method: reason or "" for method, reason in applicability(module, known).items()}
     with _timed(row, "round trip"):
-        row.round_trip = _round_trip(module, injections(module, known))
+        row.round_trip = _round_trip(module, injections(module, known, row.methods))
     return row
 
 
@@ -100,18 +98,6 @@ def open_share(module: TracedModule) -> float:
     return sum(size for key, size in sizes.items() if key in opened) / total if total else 1.0
 
 
-def injections(module: TracedModule, known: Anatomy) -> dict[str, Callable[[TracedModule], TracedModule]]:
-    """Every injection that applies to a model, by name."""
-    found: dict[str, Callable[[TracedModule], TracedModule]] = {}
-    if applicability(module, known)["std"] is None:
-        std = StdConfig(positions=("2/3", -1))
-        found["std"] = lambda module: inject_std_tokens(module, std, known)
-    if known.blocks:
-        places = (("blocks", "block *"), ("stages", "stage *"), ("branches", "block * branch *"))
-        found["taps"] = lambda module: inject_feature_taps(module, TapConfig(places), known)
-    return found
-
-
 def difference(stripped: TracedModule, module: TracedModule) -> str:
     """What `strip` did not give back of `module`; empty where it gave all."""
     if stripped.code != module.code:
@@ -131,8 +117,8 @@ def _round_trip(
     """
     try:
         injected = module
-        for inject in chosen.values():
-            injected = inject(injected)
+        for add in chosen.values():
+            injected = add(injected)
         if not difference(strip(injected), module):
             return dict.fromkeys(chosen, "")
     except Exception as error:
@@ -140,7 +126,7 @@ def _round_trip(
             return dict.fromkeys(chosen, _brief(error))
     if len(chosen) == 1:
         return dict.fromkeys(chosen, difference(strip(injected), module))
-    alone = {name: _round_trip(module, {name: inject})[name] for name, inject in chosen.items()}
+    alone = {name: _round_trip(module, {name: add})[name] for name, add in chosen.items()}
     return alone if any(alone.values()) else dict.fromkeys(chosen, "not given back one on top of the other")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from vmkd_fx.distill.applies import applicability
 from vmkd_fx.graph.anatomy import anatomy
 from vmkd_fx.graph.layout import LOCATION_AXES
 from vmkd_fx.graph.parts import Anatomy
@@ -23,7 +24,8 @@ from vmkd_fx.graph.verify import relative_error
 from vmkd_fx.passes.feature_taps import tap
 from vmkd_fx.passes.pipeline import strip
 from vmkd_fx.zoo.agreement import features_of
-from vmkd_fx.zoo.check import difference, injections
+from vmkd_fx.zoo.check import difference
+from vmkd_fx.zoo.injections import injections
 
 CHECKS = ("evaluation", "training", "taps", "mixing", "round trip")
 TAPS = 1e-5
@@ -162,10 +164,10 @@ def _mixing(module: TracedModule, known: Anatomy) -> str:
 def _round_trip(model: nn.Module, known: Anatomy, images: Tensor) -> str:
     """Every injection that applies, three training steps, and out again."""
     plain = trace(model, input_size=_size(images))
-    for name, inject in injections(plain, known).items():
+    for name, add in injections(plain, known, applicability(plain, known)).items():
         student = deepcopy(model)
         module = trace(student, input_size=_size(images))
-        wrapped = inject(module)
+        wrapped = add(module)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-4)
         for _ in range(3):
             optimizer.zero_grad()

@@ -55,7 +55,8 @@ class FitNet(Method):
         return False
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
-        known.position(self.position)
+        block = known.blocks[known.position(self.position)]
+        grid_of(block.tokens, module.info.need_input_size(), block.path)
 
     def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
         mine = student.anatomy.blocks[student.anatomy.position(self.position)]
@@ -118,7 +119,8 @@ class Mgd(Method):
         return False
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
-        known.position(-1)
+        block = known.blocks[known.position(-1)]
+        grid_of(block.tokens, module.info.need_input_size(), block.path)
 
     def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
         mine, other = student.anatomy.blocks[-1], teacher.anatomy.blocks[-1]

@@ -67,8 +67,12 @@ class ViTKD(Method):
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
         for index in self.shallow:
-            feature_of(known.blocks[known.position(index)], self.features)
-        kept_tokens(known.blocks[known.position(-1)].tokens, self.ratio)
+            block = known.blocks[known.position(index)]
+            feature_of(block, self.features)
+            grid_of(block.tokens, module.info.need_input_size(), block.path)
+        last = known.blocks[known.position(-1)]
+        grid_of(last.tokens, module.info.need_input_size(), last.path)
+        kept_tokens(last.tokens, self.ratio)
 
     def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
         ours, theirs = student.anatomy, teacher.anatomy
