@@ -38,7 +38,8 @@ def injections(module: TracedModule, known: Anatomy, methods: Mapping[str, str |
         edits.append(Injected(imitation.NAME, imitation.ImitationConfig((-1,), (WIDTH,))))
     if not methods["deit"]:
         edits.append(Injected(two_heads.NAME, two_heads.TwoHeadsConfig()))
-    if not methods["cit"] and not known.blocks[-1].prefix_tokens:  # with tokens it is another student
+    with_class_token = any(block.prefix_tokens for block in known.blocks[-1:])
+    if not methods["cit"] and not with_class_token:  # with CiT's tokens it is another student
         edits.append(Injected(bias_heads.HEADS, bias_heads.BiasHeadConfig()))
     return {edit.name: partial(_one, edit, known) for edit in edits}
 
