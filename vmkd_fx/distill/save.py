@@ -28,6 +28,7 @@ from vmkd_fx.errors import CheckpointError, ModelError, OutputError, RecipeError
 from vmkd_fx.files import appearing
 from vmkd_fx.graph.info import ModelInfo
 from vmkd_fx.graph.receipt import PREFIX
+from vmkd_fx.graph.replace import replacements
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.verify import logits_of, probe_images, randomise_
@@ -98,6 +99,11 @@ def save(
 
 def _refuse_no_timm_model(student: TracedModule) -> None:
     name = student.info.name
+    if changed := [made.name for made in replacements(student)]:
+        raise ModelError(
+            f"{name} is another model since {', '.join(changed)} replaced parts of it, which timm does not know; "
+            "deploy it, or keep its state dict: wrap makes the same student again"
+        )
     register()
     if not timm.is_model(name):
         raise ModelError(

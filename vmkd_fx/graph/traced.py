@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ class Closed:
 
     path: str
     reason: str
+
+
+_editing: ContextVar[bool] = ContextVar("editing", default=False)
+"""Whether the graph that is being made will be edited and compiled afterwards."""
 
 
 class TracedModule(torch.fx.GraphModule):
@@ -126,6 +131,8 @@ class TracedModule(torch.fx.GraphModule):
         return self
 
     def recompile(self) -> PythonCode:
+        if _editing.get():
+            return PythonCode("", {}, None)
         code = super().recompile()
         if blocks := self.__dict__.get("meta", {}).get(_CHECKPOINTED):
             from vmkd_fx.graph.checkpointing import checkpointed_forward
@@ -144,13 +151,21 @@ class TracedModule(torch.fx.GraphModule):
         return _restore, (body, plain_nodes(self.graph))
 
 
-def fork(module: TracedModule) -> TracedModule:
-    """The same parameters under a graph and a module tree of their own, free to be edited."""
+def fork(module: TracedModule, *, to_edit: bool = False) -> TracedModule:
+    """The same parameters under a graph and a module tree of their own, free to be edited.
+
+    With `to_edit` it cannot be called before `recompile()`: whoever edits it ends with that, and generating code
+    is most of the work.
+    """
     graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
     value = graph.graph_copy(module.graph, {})
     output = next(reversed(module.graph.nodes))
     graph.output(value, output.type).meta.update(output.meta)
-    return TracedModule(shared_view(module), graph)
+    token = _editing.set(to_edit)
+    try:
+        return TracedModule(shared_view(module), graph)
+    finally:
+        _editing.reset(token)
 
 
 def _restore(body: dict[str, Any], nodes: list[PlainNode]) -> TracedModule:

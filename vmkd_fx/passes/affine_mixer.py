@@ -77,7 +77,7 @@ def inject_affine_mixers(
         MatchError: the model has no mixer that can be replaced, or one that cannot; says what each block has.
         ReceiptError: something was added to the graph before.
     """
-    module = fork(module)
+    module = fork(module, to_edit=True)
     replacement = Replacement(module, NAME, asdict(config))
     known = known or anatomy(module)
     shapes = node_shapes(module)

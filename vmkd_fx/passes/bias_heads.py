@@ -84,7 +84,7 @@ def inject_bias_heads(
         raise MatchError(
             f"CiT's heads have as many classes as the student, and {known.model} has none (num_classes=0)"
         )
-    module = fork(module)
+    module = fork(module, to_edit=True)
     shapes = node_shapes(module)
     injection = Injection(module, HEADS, asdict(config))
     has_tokens = any(made.name == NAME for made in replacements(module))

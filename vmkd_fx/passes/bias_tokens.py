@@ -91,7 +91,7 @@ def add_bias_tokens(
     """
     _refuse_earlier(module)
     known = known or anatomy(module)
-    module = fork(module)
+    module = fork(module, to_edit=True)
     shapes = node_shapes(module)
     before = {node.name: shape for node, shape in shapes.items()}
     stream = find_stream(module, known, DataFlow(module, shapes))

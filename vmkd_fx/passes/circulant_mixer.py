@@ -206,7 +206,7 @@ def inject_circulant_mixers(
         RecipeError: G does not divide the channels; the weights of two layers were to be projected.
         ReceiptError: something was added to the graph before.
     """
-    module = fork(module)
+    module = fork(module, to_edit=True)
     replacement = Replacement(module, NAME, asdict(config))
     known = known or anatomy(module)
     shapes = node_shapes(module)

@@ -64,7 +64,7 @@ def inject_feature_taps(
 ) -> TracedModule:
     """Add the outputs; `strip` takes them out. `known` is the module's anatomy, where it is at hand."""
     known = known or anatomy(module)
-    module = fork(module)
+    module = fork(module, to_edit=True)
     shapes = node_shapes(module)
     injection = Injection(module, NAME, asdict(config))
     for name, where in config.places:

@@ -83,7 +83,7 @@ def inject_mgd(module: TracedModule, config: MgdConfig, known: Anatomy | None = 
 def _inject(
     module: TracedModule, name: str, config: dict[str, object], output: str, head: nn.Module, place: str
 ) -> TracedModule:
-    module = fork(module)
+    module = fork(module, to_edit=True)
     injection = Injection(module, name, config)
     node = next(node for node in module.graph.nodes if node.name == place)
     injection.emit(output, injection.call(output, head.to(reference_tensor(module)), node, after=node))

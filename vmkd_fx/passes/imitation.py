@@ -45,7 +45,7 @@ def inject_imitation(
         MatchError: the model has no such block, or a block without a branch.
     """
     known = known or anatomy(module)
-    module = fork(module)
+    module = fork(module, to_edit=True)
     injection = Injection(module, NAME, asdict(config))
     nodes = {node.name: node for node in module.graph.nodes}
     reference = reference_tensor(module)

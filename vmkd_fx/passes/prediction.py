@@ -53,7 +53,7 @@ def keep_as_prediction(module: TracedModule, predict: str) -> TracedModule:
     Raises:
         MatchError: there are no heads for teachers.
     """
-    module = fork(module)
+    module = fork(module, to_edit=True)
     outputs = named_outputs(module)
     if not teacher_heads(outputs):
         raise MatchError(

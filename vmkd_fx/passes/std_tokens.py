@@ -52,7 +52,7 @@ def inject_std_tokens(module: TracedModule, config: StdConfig, known: Anatomy | 
     """
     known = known or anatomy(module)
     blocks = blocks_with_tokens(known, config)
-    module = fork(module)
+    module = fork(module, to_edit=True)
     injection = Injection(module, NAME, asdict(config))
     reference = reference_tensor(module)
     add_tokens = _shared_tokens if config.variant == "third_party" else _own_tokens

@@ -36,7 +36,7 @@ def inject_two_heads(
     Raises:
         MatchError: the logits are not the mean of two heads.
     """
-    module = fork(module)
+    module = fork(module, to_edit=True)
     class_head, dist_head = two_heads(module)
     injection = Injection(module, NAME, asdict(config))
     injection.emit("class", class_head)

@@ -66,7 +66,7 @@ def inject_vitkd(module: TracedModule, config: VitKdConfig, known: Anatomy | Non
         MatchError: the model has no such block.
     """
     known = known or anatomy(module)
-    module = fork(module)
+    module = fork(module, to_edit=True)
     injection = Injection(module, NAME, asdict(config))
     nodes = {node.name: node for node in module.graph.nodes}
     reference = reference_tensor(module)

@@ -12,7 +12,9 @@ from tests.models import images, small
 from vmkd_fx.distill.methods.pairs import partner, spread
 from vmkd_fx.distill.task import DistillationTask
 from vmkd_fx.errors import RecipeError
+from vmkd_fx.graph.replace import replacements
 from vmkd_fx.graph.verify import randomise_
+from vmkd_fx.models import register
 
 PAIR = Pair("riformer", "poolformer", ("poolformer",), {"layers": 2})
 
@@ -98,3 +100,11 @@ def test_layers_are_spread_over_the_stages() -> None:
     assert spread(student, 6) == (1, 3, 5, 7, 9, 11)
     assert spread(student, 2) == (3, 11)
     assert [partner(student, index, teacher) for index in (1, 3, 9, 11)] == [3, 7, 19, 23]
+
+
+def test_a_student_without_mixers_keeps_what_it_has() -> None:
+    register()
+    student = timm.create_model("riformer_s12", num_classes=10)
+    task = vx.wrap(student, "riformer", [timm.create_model("poolformer_s12", num_classes=10)], epochs=12)
+    assert not replacements(task.trainable_module)
+    assert vx.strip(task).state_dict().keys() == student.state_dict().keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,10 @@ def test_resized_features_are_said(caplog: pytest.LogCaptureFixture) -> None:
         task = vx.wrap(vit(embed_dim=24), "fitnet", [teacher], hint=-1)
     assert "feature fitnet/hint of (1, 1) patches is resized to the student's (4, 4)" in caplog.text
     assert terms(task)["fitnet/hint"].isfinite()
+
+
+def test_a_changed_student_is_no_timm_model(tmp_path: Path) -> None:
+    task = vx.wrap(small("mixer"), "ccs", groups=4)
+    with pytest.raises(ModelError, match="another model since circulant replaced parts of it"):
+        vx.save(task, tmp_path / "student")
+    assert not list(tmp_path.iterdir())

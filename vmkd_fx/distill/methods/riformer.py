@@ -32,8 +32,8 @@ class RIFormer(Method):
     """L = L_soft + λ1 L_in + λ2 L_out + λ3 L_rel (Eq. 9), without labels.
 
     Attributes:
-        replace: whether the student's token mixers are replaced by affines; False for a student that has
-            none, `riformer_s12` say.
+        replace: whether the student's token mixers are replaced by affines, where it has any
+            (`riformer_s12` has none).
         layers: how many blocks imitate, spread over the stages (4 or 6 in table 4), or their indices.
         feature_epochs, relation_epochs: how long L_in and L_out, and L_rel, count from the start (table 4):
             epochs, or a share of the run as "2/3". The defaults are the best row's 80 and 20 of 120.
