@@ -24,15 +24,15 @@ sweep: $(VENV)/installed-test
 	cp sweep-out/coverage.md docs/coverage.md
 
 papers: $(VENV)/installed-test
-	$(BIN)/python benchmarks/papers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/papers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation_cost.py --out docs/papers.md
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/lowering_cost.py
 	$(BIN)/python benchmarks/tracing_cost.py
-	$(BIN)/python benchmarks/distillation_cost.py
 
 clean:
-	rm -rf $(VENV) demo-out sweep-out
+	rm -rf $(VENV) demo-out sweep-out papers-out
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -101,8 +101,8 @@ def _refuse_no_timm_model(student: TracedModule) -> None:
     name = student.info.name
     if changed := [made.name for made in replacements(student)]:
         raise ModelError(
-            f"{name} is another model since {', '.join(changed)} replaced parts of it, which timm does not know; "
-            "deploy it, or keep its state dict: wrap makes the same student again"
+            f"{name} is another model since {', '.join(changed)} replaced parts of it, and timm has no such "
+            "model; deploy it, or keep its state dict: wrap makes the same student again"
         )
     register()
     if not timm.is_model(name):

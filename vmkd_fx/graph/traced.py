@@ -154,8 +154,8 @@ class TracedModule(torch.fx.GraphModule):
 def fork(module: TracedModule, *, to_edit: bool = False) -> TracedModule:
     """The same parameters under a graph and a module tree of their own, free to be edited.
 
-    With `to_edit` it cannot be called before `recompile()`: whoever edits it ends with that, and generating code
-    is most of the work.
+    With `to_edit` it cannot be called before `recompile()`: whoever edits it ends with that, and generating
+    code is most of the work.
     """
     graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
     value = graph.graph_copy(module.graph, {})
