@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.zoo import MEMBERS, Member, build
+from tests.zoo import DIVERSE, MEMBERS, Member, build
 from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.graph.modes import ModeSwitch
 from vmkd_fx.graph.traced import TracedModule
@@ -37,17 +37,17 @@ def test_a_family_is_traced_understood_and_given_back(member: Member) -> None:
     assert {name for name, why in row.methods.items() if not why} >= {"std", "kd", "hard", "dkd", "nkd"}
 
 
-@pytest.mark.parametrize("member", [m for m in MEMBERS if not m.slow], ids=lambda member: member.family)
+def _few_by_default() -> list[Any]:
+    """Every family under `make test-slow`; by default some that have little in common."""
+    marks = {True: [], False: [pytest.mark.slow]}
+    return [pytest.param(m, id=m.family, marks=marks[m.family in DIVERSE]) for m in MEMBERS]
+
+
+@pytest.mark.parametrize("member", _few_by_default())
 def test_a_family_on_real_numbers(member: Member) -> None:
     edge = member.size if member.built else max(member.size, 64)
     found = check_numbers(build(member), (3, edge, edge), only=("taps", "mixing", "round trip"))
     assert {name: why for name, why in found.items() if why} == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("member", [m for m in MEMBERS if m.slow], ids=lambda member: member.family)
-def test_a_large_family_on_real_numbers(member: Member) -> None:
-    test_a_family_on_real_numbers(member)
 
 
 def test_every_family_has_a_member() -> None:

@@ -185,3 +185,15 @@ MEMBERS: tuple[Member, ...] = (
     Member("xception_aligned", "xception41p"),
     Member("xcit", "xcit_nano_12_p8_224", built=True),
 )
+
+DIVERSE = (
+    "resnet",
+    "vision_transformer",
+    "mambaout",
+    "maxxvit",
+    "nfnet",
+    "levit",
+    "efficientnet",
+    "qwen3_vit",
+)
+"""Families that have little in common, for what takes too long to try on all."""

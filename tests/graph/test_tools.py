@@ -14,19 +14,8 @@ from torch import nn
 import vmkd_fx as vx
 from tests.checks import identical
 from tests.models import images
-from tests.zoo import MEMBERS, Member, build
+from tests.zoo import DIVERSE, MEMBERS, Member, build
 from vmkd_fx.graph.traced import TracedModule
-
-DIVERSE = (
-    "resnet",
-    "vision_transformer",
-    "mambaout",
-    "maxxvit",
-    "nfnet",
-    "levit",
-    "efficientnet",
-    "qwen3_vit",
-)
 
 
 def _cases() -> list[Any]:
