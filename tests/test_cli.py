@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from vmkd_fx.cli import main
 from vmkd_fx.deploy.bundle import read_bundle
+from vmkd_fx.distill.methods import PRESETS
 
 RECIPE = {
     "student": {"model": "mixer_nano_32", "options": {"img_size": 16}},
@@ -145,6 +146,18 @@ def test_what_a_model_lacks_for_a_method(capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"std +test_vit was made without a classifier \(num_classes=0\)", printed)
 
 
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"vitkd +ViTKD, Yang et al., 2022 .* alpha=3e-05, beta=3e-06, ratio=0.5", printed)
+    assert [line.split()[0] for line in printed.splitlines()[2:-2]] == list(PRESETS)
+    assert main(["recipes", "vitkd+nkd"]) == 0
+    printed = capsys.readouterr().out
+    assert "generator (conv): " in printed
+    assert "gamma (1.5): " in printed
+    assert "no method 'vitk'; did you mean 'vitkd'" in refused(capsys, "recipes", "vitk")
+
+
 def test_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--pattern", "test_resnet", "--jobs", "1", "--full"]) == 0
     assert "1 of 1 models without a fault: sweep-out/coverage.md" in capsys.readouterr().out
@@ -232,7 +245,7 @@ def test_weights_that_are_no_weights(folder: Path, capsys: pytest.CaptureFixture
     assert "junk.pth" in refused(capsys, "deploy", "junk.pth", "--model", "test_vit")
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "sweep", "train", "deploy", "build", "run"])
+@pytest.mark.parametrize("verb", ["demo", "inspect", "recipes", "sweep", "train", "deploy", "build", "run"])
 def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

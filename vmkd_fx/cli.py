@@ -6,18 +6,17 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from vmkd_fx import __version__
-from vmkd_fx.errors import RecipeError, VmkdError
+from vmkd_fx import __version__, arguments
+from vmkd_fx.errors import VmkdError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(line: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a refusal, 130 for an interruption."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser().parse_args(line)
     except KeyboardInterrupt:
         return 130
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
@@ -62,7 +61,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from vmkd_fx.graph.trace import trace
     from vmkd_fx.models.named import named_model
 
-    model = named_model(parsed.model, _options(parsed.option))
+    model = named_model(parsed.model, arguments.options(parsed.option))
     print(report(trace(model, input_size=parsed.input_size)))
 
 
@@ -111,7 +110,7 @@ def _deploy(parsed: argparse.Namespace) -> None:
     from vmkd_fx.distill.card import card_for, restore
     from vmkd_fx.distill.evaluate import evaluator
 
-    given = card_for(parsed.model, _options(parsed.option)) if parsed.model else None
+    given = card_for(parsed.model, arguments.options(parsed.option)) if parsed.model else None
     student, card = restore(parsed.checkpoint, given)
     out = deploy(
         student,
@@ -141,20 +140,50 @@ def _run(parsed: argparse.Namespace) -> None:
         print(f"{image}: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in guesses))
 
 
-def _options(assignments: Sequence[str]) -> dict[str, Any]:
-    """`img_size=64` and its like as keyword arguments, each value read as YAML."""
-    import yaml
+class Verb(NamedTuple):
+    """A sub-command: its name, what it runs, what it is for, an example, and what it takes."""
 
-    options = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.isidentifier():
-            raise RecipeError(f"--option {assignment!r}: write it as name=value, for example img_size=64")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--option {assignment!r}: {value!r} is no value: {error}") from error
-    return options
+    name: str
+    run: Callable[[argparse.Namespace], None]
+    summary: str
+    example: str
+    takes: Callable[[argparse.ArgumentParser], None]
+
+
+VERBS = (
+    Verb("demo", _demo, "the whole way on handwritten digits", "vmkd demo --out demo-out", arguments.demo),
+    Verb("inspect", _inspect, "print a model's anatomy", "vmkd inspect mixer_s16_224", arguments.inspect),
+    Verb("recipes", _recipes, "list the distillation methods", "vmkd recipes vitkd", arguments.recipes),
+    Verb(
+        "sweep",
+        _sweep,
+        "check what works for which timm models",
+        "vmkd sweep --pattern 'vit_*'",
+        arguments.sweep,
+    ),
+    Verb(
+        "train",
+        _train,
+        "train a recipe, or go on with it",
+        "vmkd train std.yaml train.epochs=50",
+        arguments.train,
+    ),
+    Verb(
+        "deploy",
+        _deploy,
+        "make a bundle of trained weights",
+        "vmkd deploy runs/std/last.safetensors --target tensorrt-rtx:sm86,sm89 --out bundle",
+        arguments.deploy,
+    ),
+    Verb(
+        "build",
+        _build,
+        "build an engine into a bundle, or beside an ONNX file",
+        "vmkd build bundle --target tensorrt-rtx:sm89",
+        arguments.build,
+    ),
+    Verb("run", _run, "classify images with a bundle", "vmkd run bundle photo.jpg", arguments.run),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,120 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vmkd-fx {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+    for verb in VERBS:
         made = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example: {example}",
+            verb.name,
+            help=verb.summary,
+            description=verb.summary[0].upper() + verb.summary[1:] + ".",
+            epilog=f"example: {verb.example}",
         )
-        made.set_defaults(run=run)
-        return made
-
-    demo = verb("demo", _demo, "the whole way on handwritten digits", "vmkd demo --out demo-out")
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
-    demo.add_argument(
-        "--seed", type=_whole, default=0, help="of weights, batches and augmentation (default: 0)"
-    )
-
-    inspect = verb("inspect", _inspect, "print a model's anatomy", "vmkd inspect mixer_s16_224")
-    inspect.add_argument("model", metavar="MODEL", help="a timm model, or package.module:factory")
-    inspect.add_argument(
-        "--input-size",
-        type=_size,
-        metavar="C,H,W",
-        help="of one image, where the model does not say: 3,224,224",
-    )
-    _add_options(inspect)
-
-    recipes = verb("recipes", _recipes, "list the distillation methods", "vmkd recipes vitkd")
-    recipes.add_argument("preset", metavar="PRESET", nargs="?", help="explain this one")
-
-    sweep = verb("sweep", _sweep, "check what works for which timm models", "vmkd sweep --pattern 'vit_*'")
-    sweep.add_argument("--pattern", default="*", help="of names, as the shell matches them (default: all)")
-    sweep.add_argument(
-        "--full", action="store_true", help="real numbers too, for the smallest of each family"
-    )
-    sweep.add_argument("--jobs", type=_positive, help="processes (default: one a core)")
-    sweep.add_argument("--restart", action="store_true", help="check again what was checked before")
-    sweep.add_argument("--out", type=Path, default=Path("sweep-out"), help="folder (default: sweep-out)")
-
-    train = verb("train", _train, "train a recipe, or go on with it", "vmkd train std.yaml train.epochs=50")
-    train.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
-    train.add_argument("override", metavar="KEY=VALUE", nargs="*", help="change the recipe: train.lr=0.002")
-    train.add_argument("--restart", action="store_true", help="remove an earlier training first")
-
-    deploy = verb(
-        "deploy",
-        _deploy,
-        "make a bundle of trained weights",
-        "vmkd deploy runs/std/last.safetensors --target tensorrt-rtx:sm86,sm89 --out bundle",
-    )
-    deploy.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    deploy.add_argument("--out", type=Path, default=Path("bundle"), help="folder (default: bundle)")
-    _add_target(deploy, default="onnxruntime")
-    deploy.add_argument("--predict", default="class", metavar="HEAD", help="class (default), mean or dist")
-    deploy.add_argument("--fixed-batch", action="store_true", help="one image at a time")
-    deploy.add_argument("--model", help="name of the timm model, for weights that do not say")
-    _add_options(deploy)
-
-    build = verb(
-        "build",
-        _build,
-        "build an engine into a bundle, or beside an ONNX file",
-        "vmkd build bundle --target tensorrt-rtx:sm89",
-    )
-    build.add_argument("source", metavar="BUNDLE", type=Path, help="a bundle or an ONNX file")
-    build.add_argument("--out", type=Path, help="engine file, for an ONNX file only")
-    _add_target(build, default=None)
-
-    run = verb("run", _run, "classify images with a bundle", "vmkd run bundle photo.jpg")
-    run.add_argument("bundle", metavar="BUNDLE", type=Path)
-    run.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
-    run.add_argument("--top", type=_positive, default=5, help="classes to print (default: 5)")
-    run.add_argument("--device", default="auto", help="auto (default), gpu or cpu")
+        made.set_defaults(run=verb.run)
+        verb.takes(made)
     return parser
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
-    return value
-
-
-def _size(text: str) -> tuple[int, int, int]:
-    edges = text.split(",")
-    if len(edges) != 3 or not all(edge.strip().isdigit() and int(edge) for edge in edges):
-        raise argparse.ArgumentTypeError(f"{text!r} is not channels, height and width: 3,224,224")
-    channels, height, width = (int(edge) for edge in edges)
-    return channels, height, width
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the timm model: img_size=64",
-    )
-
-
-def _add_target(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument(
-        "--target",
-        required=default is None,
-        default=default,
-        metavar="T",
-        help="onnxruntime, tensorrt, tensorrt-rtx, with GPUs: tensorrt-rtx:sm86,sm89"
-        + (f" (default: {default})" if default else ""),
-    )

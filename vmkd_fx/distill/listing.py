@@ -27,13 +27,16 @@ def listing() -> str:
     )
 
 
-def explained(name: str) -> str:
-    """One preset: what its loss is, and each setting with its default and meaning.
+def explained(names: str) -> str:
+    """One preset, or several joined by "+": what the loss is, and each setting with its default and meaning.
 
     Raises:
         UnknownNameError: there is no such preset.
     """
-    method = resolve(name)
+    return "\n\n".join(_explained(resolve(name.strip())) for name in names.split("+"))
+
+
+def _explained(method: Method) -> str:
     meanings = _meanings(type(method))
     settings = [
         textwrap.fill(
@@ -45,7 +48,7 @@ def explained(name: str) -> str:
         for setting in settings_of(method)
     ]
     summary = (inspect.getdoc(type(method)) or "").partition("\n\nAttributes:")[0]
-    head = f"{name} ({method.paper}), for {method.fits}"
+    head = f"{method.name} ({method.paper}), for {method.fits}"
     return "\n".join((head, "", summary, "", "settings, with their defaults:", *settings))
 
 
