@@ -190,9 +190,6 @@ DIVERSE = (
     "resnet",
     "vision_transformer",
     "mambaout",
-    "maxxvit",
-    "nfnet",
-    "levit",
     "efficientnet",
     "qwen3_vit",
 )

@@ -34,7 +34,7 @@ def test_the_ledger_reaches_the_bundle(tmp_path: Path) -> None:
     model = vx.trace(FoldableNet(), input_size=(3, 32, 32))
     manifest = read_bundle(vx.deploy(model, tmp_path / "b", labels=[f"c{i}" for i in range(10)])).manifest
     names = [step.name for step in manifest.ledger.steps]
-    assert names == ["training graph", "evaluation", "channel_affine", "lowered", "onnx"]
+    assert names == ["training graph", "evaluation", "channel_affine", "circulant", "lowered", "onnx"]
     assert manifest.ledger.steps[-1].error < 1e-5
     assert manifest.labels[3] == "c3"
 

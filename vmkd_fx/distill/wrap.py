@@ -80,9 +80,8 @@ def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequenc
             known = anatomy(module)
     student = Source(module.info.name, module.info.need_input_size(), known)
     sources = _tapped(student, methods, teachers)
-    for method in methods:
-        module = inject(module, method.injections(student, sources), known)
-    return module
+    edits = [edit for method in methods for edit in method.injections(student, sources)]
+    return inject(module, edits, known)
 
 
 def _tapped(student: Source, methods: Sequence[Method], teachers: Sequence[Teacher]) -> list[Source]:

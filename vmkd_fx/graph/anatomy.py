@@ -150,7 +150,13 @@ def _branch(judge: Judge, flow: DataFlow, join: Join, arm: Arm, layout: str, sho
         mixing,
         shortcut,
         _work(judge.module, body, arm.end).name,
+        _channels(flow, arm.end, layout),
     )
+
+
+def _channels(flow: DataFlow, end: Node, layout: str) -> int:
+    shape = flow.shapes.get(end, ())
+    return shape[-1] if len(shape) == 3 else shape[CHANNEL_AXIS[layout]] if len(shape) == 4 else 0
 
 
 def _work(module: TracedModule, body: Sequence[Node], end: Node) -> Node:
@@ -170,7 +176,8 @@ def _whole(
         mixing = Mixing(None, "the tensor that enters has another layout")
     names = tuple(node.name for node in nodes)
     end = _work(judge.module, nodes, output).name
-    return Branch(entry.name, output.name, output.name, None, layout, names, mixing, "none", end)
+    channels = _channels(flow, output, layout)
+    return Branch(entry.name, output.name, output.name, None, layout, names, mixing, "none", end, channels)
 
 
 def _final(module: TracedModule, flow: DataFlow, sites: list[Site], logits: Node) -> str:

@@ -23,6 +23,7 @@ class Branch:
         shortcut: what the work is added to: "identity", the stream; "projection", a layer of its own on the
             stream; "none", where the block is a chain or a concatenation and its work is taken as one branch.
         work: name of the last node before layer scale, drop path and dropout.
+        channels: of the branch's end.
     """
 
     stream: str
@@ -34,6 +35,7 @@ class Branch:
     mixing: Mixing
     shortcut: str = "identity"
     work: str = ""
+    channels: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ those that its forward never reads, through deepcopy and pickling too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -161,9 +161,16 @@ def fork(module: TracedModule, *, to_edit: bool = False) -> TracedModule:
     value = graph.graph_copy(module.graph, {})
     output = next(reversed(module.graph.nodes))
     graph.output(value, output.type).meta.update(output.meta)
-    token = _editing.set(to_edit)
-    try:
+    with editing() if to_edit else contextlib.nullcontext():
         return TracedModule(shared_view(module), graph)
+
+
+@contextlib.contextmanager
+def editing() -> Iterator[None]:
+    """No graph is compiled in here: several edits in a row need it once, at their end."""
+    token = _editing.set(True)
+    try:
+        yield
     finally:
         _editing.reset(token)
 

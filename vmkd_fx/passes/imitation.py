@@ -67,8 +67,13 @@ def work_of(block: Block) -> str:
     """The name of the node that ends the work of a block's first branch, its token mixer or affine.
 
     Raises:
-        MatchError: the block has no branch, or one in another layout than what it leaves.
+        MatchError: the block has no branch, or one in another layout or of another width than what it leaves.
     """
     if not block.branches or block.branches[0].layout != block.layout:
         raise MatchError(f"{block.path} has no branch of its layout whose mixer could be imitated")
+    if block.branches[0].channels != block.channels:
+        raise MatchError(
+            f"module imitation compares a mixer with its block, and the first branch of {block.path} has "
+            f"{block.branches[0].channels} channels of the block's {block.channels}"
+        )
     return block.branches[0].work

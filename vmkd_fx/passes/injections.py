@@ -10,7 +10,7 @@ from typing import Any
 
 from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.graph.parts import Anatomy
-from vmkd_fx.graph.traced import TracedModule
+from vmkd_fx.graph.traced import TracedModule, editing
 from vmkd_fx.passes import (
     affine_mixer,
     bias_heads,
@@ -85,9 +85,12 @@ def edits_of(module: TracedModule) -> list[Injected]:
 
 def inject(module: TracedModule, edits: Iterable[Injected], known: Anatomy | None = None) -> TracedModule:
     """Make the edits in their order. `known` is the module's anatomy, where it is at hand and stays right."""
-    for edit in edits:
-        _, apply = INJECTIONS[edit.name]
-        module = apply(module, edit.config, known)
+    with editing():
+        for edit in (made := list(edits)):
+            _, apply = INJECTIONS[edit.name]
+            module = apply(module, edit.config, known)
+    if made:
+        module.recompile()
     return module
 
 

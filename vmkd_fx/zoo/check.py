@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import timm
@@ -15,10 +15,12 @@ from vmkd_fx.distill.applies import applicability
 from vmkd_fx.errors import VmkdError
 from vmkd_fx.graph.anatomy import read_anatomy
 from vmkd_fx.graph.edit import logits_node
+from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.shapes import Shape, node_shapes, parameter_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import attribute
+from vmkd_fx.passes.injections import Injected, inject
 from vmkd_fx.passes.pipeline import strip
 from vmkd_fx.zoo.agreement import disagreement
 from vmkd_fx.zoo.injections import injections
@@ -67,7 +69,7 @@ def check(name: str) -> Row:
     row.timm = disagreement(model, module, shapes, known)
     row.methods = {method: reason or "" for method, reason in applicability(module, known).items()}
     with _timed(row, "round trip"):
-        row.round_trip = _round_trip(module, injections(module, known, row.methods))
+        row.round_trip = _round_trip(module, known, injections(module, known, row.methods))
     return row
 
 
@@ -108,26 +110,19 @@ def difference(stripped: TracedModule, module: TracedModule) -> str:
     return "" if same else "other parameters"
 
 
-def _round_trip(
-    module: TracedModule, chosen: Mapping[str, Callable[[TracedModule], TracedModule]]
-) -> dict[str, str]:
+def _round_trip(module: TracedModule, known: Anatomy, edits: Mapping[str, Injected]) -> dict[str, str]:
     """For each injection what `strip` did not give back, empty where it gave all.
 
     One goes on top of the other, as in a training; each is tried alone where that fails.
     """
     try:
-        injected = module
-        for add in chosen.values():
-            injected = add(injected)
-        if not difference(strip(injected), module):
-            return dict.fromkeys(chosen, "")
+        lost = difference(strip(inject(module, edits.values(), known)), module)
     except Exception as error:
-        if len(chosen) == 1:
-            return dict.fromkeys(chosen, _brief(error))
-    if len(chosen) == 1:
-        return dict.fromkeys(chosen, difference(strip(injected), module))
-    alone = {name: _round_trip(module, {name: add})[name] for name, add in chosen.items()}
-    return alone if any(alone.values()) else dict.fromkeys(chosen, "not given back one on top of the other")
+        lost = _brief(error)
+    if not lost or len(edits) == 1:
+        return dict.fromkeys(edits, lost)
+    alone = {name: _round_trip(module, known, {name: edit})[name] for name, edit in edits.items()}
+    return alone if any(alone.values()) else dict.fromkeys(edits, f"one on top of the other: {lost}")
 
 
 def _runs(module: TracedModule, expected: Shape) -> str:

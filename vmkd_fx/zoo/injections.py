@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 from vmkd_fx.distill.methods.pairs import grid_of
 from vmkd_fx.errors import MatchError
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes import bias_heads, feature_taps, hints, imitation, std_tokens, two_heads, vitkd
-from vmkd_fx.passes.injections import Injected, inject
+from vmkd_fx.passes.injections import Injected
 
 WIDTH = 8
 """Of the teacher that the features are brought to."""
 
-Inject = Callable[[TracedModule], TracedModule]
 
-
-def injections(module: TracedModule, known: Anatomy, methods: Mapping[str, str | None]) -> dict[str, Inject]:
+def injections(
+    module: TracedModule, known: Anatomy, methods: Mapping[str, str | None]
+) -> dict[str, Injected]:
     """By name, where `methods` says of each preset why it does not apply, or nothing where it does."""
     edits: list[Injected] = []
     if not methods["std"]:
@@ -41,11 +40,7 @@ def injections(module: TracedModule, known: Anatomy, methods: Mapping[str, str |
     with_class_token = any(block.prefix_tokens for block in known.blocks[-1:])
     if not methods["cit"] and not with_class_token:  # with CiT's tokens it is another student
         edits.append(Injected(bias_heads.HEADS, bias_heads.BiasHeadConfig()))
-    return {edit.name: partial(_one, edit, known) for edit in edits}
-
-
-def _one(edit: Injected, known: Anatomy, module: TracedModule) -> TracedModule:
-    return inject(module, [edit], known)
+    return {edit.name: edit for edit in edits}
 
 
 def _grid(module: TracedModule, known: Anatomy) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import evaluating
 from vmkd_fx.graph.verify import relative_error
 from vmkd_fx.passes.feature_taps import tap
+from vmkd_fx.passes.injections import inject
 from vmkd_fx.passes.pipeline import strip
 from vmkd_fx.zoo.agreement import features_of
 from vmkd_fx.zoo.check import difference
@@ -164,10 +165,10 @@ def _mixing(module: TracedModule, known: Anatomy) -> str:
 def _round_trip(model: nn.Module, known: Anatomy, images: Tensor) -> str:
     """Every injection that applies, three training steps, and out again."""
     plain = trace(model, input_size=_size(images))
-    for name, add in injections(plain, known, applicability(plain, known)).items():
+    for name, edit in injections(plain, known, applicability(plain, known)).items():
         student = deepcopy(model)
         module = trace(student, input_size=_size(images))
-        wrapped = add(module)
+        wrapped = inject(module, [edit], known)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-4)
         for _ in range(3):
             optimizer.zero_grad()

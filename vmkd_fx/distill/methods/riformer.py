@@ -93,7 +93,8 @@ class RIFormer(Method):
             work_of(known.blocks[index])
 
     def changes(self, known: Anatomy) -> list[Injected]:
-        return [Injected(AFFINE, AffineConfig())] if self.replace else []
+        mixes = any(branch.mixing.mixes is not False for block in known.blocks for branch in block.branches)
+        return [Injected(AFFINE, AffineConfig())] if self.replace and mixes else []
 
     def start(self, student: TracedModule, teachers: Sequence[nn.Module]) -> None:
         if not self.teacher_weights:
