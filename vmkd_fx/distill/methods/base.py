@@ -157,4 +157,4 @@ class Method:
 
     def terms(self, batch: Batch) -> list[Term]:
         """What it adds to the loss."""
-        raise NotImplementedError
+        return []

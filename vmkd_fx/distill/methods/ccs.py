@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vmkd_fx.distill.methods.base import Batch, Method, Term
+from vmkd_fx.distill.methods.base import Method
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.passes.circulant_mixer import NAME, CirculantConfig
 from vmkd_fx.passes.injections import Injected
@@ -41,6 +41,3 @@ class Ccs(Method):
 
     def changes(self, known: Anatomy) -> list[Injected]:
         return [Injected(NAME, self._config())]
-
-    def terms(self, batch: Batch) -> list[Term]:
-        return []
