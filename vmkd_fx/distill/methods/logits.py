@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from vmkd_fx.distill.losses import (
     NKD,
     HardDistillation,
     SoftDistillation,
-    confidence_weights,
+    TeacherLoss,
 )
 from vmkd_fx.distill.methods.base import Batch, Method, Term
 from vmkd_fx.distill.methods.settings import choice, not_negative, positive, share
@@ -33,17 +33,13 @@ def weighted(
     heads: Sequence[Tensor],
     batch: Batch,
     confidence: str,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: nn.Module,
 ) -> list[Tensor]:
     """The batch mean of the loss of each head to its teacher, each sample weighted by the teachers'
     confidence (STD Eq. 11).
     """
     teachers = torch.stack([outputs[LOGITS] for outputs in batch.teachers])
-    weights = confidence_weights(teachers, confidence)
-    return [
-        (weight * loss(head, teacher)).mean()
-        for weight, head, teacher in zip(weights, heads, teachers, strict=True)
-    ]
+    return list(TeacherLoss(loss, confidence)(torch.stack(list(heads)), teachers, batch.target))
 
 
 @dataclass(frozen=True)
@@ -143,5 +139,5 @@ class Dkd(Method):
 def labelled(name: str, loss: nn.Module, weight: float, confidence: str, batch: Batch) -> list[Term]:
     """The terms of a loss of the class head that looks at the labels as well."""
     heads = [batch.outputs[LOGITS]] * len(batch.teachers)
-    values = weighted(heads, batch, confidence, lambda head, teacher: loss(head, teacher, batch.target))
+    values = weighted(heads, batch, confidence, loss)
     return [Term(f"{name}/{index}", value, weight) for index, value in enumerate(values)]
