@@ -10,10 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vmkd_fx.distill.methods.pairs import Wanted
+from vmkd_fx.distill.methods.pairs import Wanted, grid_of
+from vmkd_fx.distill.methods.settings import whole
 from vmkd_fx.errors import MatchError, ModelError, RecipeError
 from vmkd_fx.graph.edit import LOGITS
-from vmkd_fx.graph.parts import Anatomy
+from vmkd_fx.graph.parts import Anatomy, Block
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.injections import Injected, inject
 
@@ -158,3 +159,38 @@ class Method:
     def terms(self, batch: Batch) -> list[Term]:
         """What it adds to the loss."""
         return []
+
+
+@dataclass(frozen=True)
+class FeatureMethod(Method):
+    """A method that reads features of one teacher, and no logits.
+
+    Attributes:
+        teacher: index of the teacher whose features are read.
+    """
+
+    teacher: int = 0
+
+    fits: ClassVar[str] = "blocks whose patches stand in a grid"
+
+    def __post_init__(self) -> None:
+        whole(self, "teacher")
+
+    @property
+    def feature_teacher(self) -> int:
+        return self.teacher
+
+    @property
+    def reads_logits(self) -> bool:
+        return False
+
+
+def on_the_grid_of(mine: Block, student: Source, place: str, other: Block, teacher: Source) -> Wanted:
+    """A feature of the teacher's block `other`, brought to the grid of the student's block `mine`."""
+    return Wanted(
+        place,
+        other.layout,
+        other.prefix_tokens,
+        grid_of(other.tokens, teacher.input_size, f"{other.path} of {teacher.name}"),
+        grid_of(mine.tokens, student.input_size, mine.path),
+    )

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from vmkd_fx.distill.losses import FitNetLoss, MGDLoss
 from vmkd_fx.distill.losses.fitnet import REDUCTIONS
-from vmkd_fx.distill.methods.base import Batch, Method, Source, Term
+from vmkd_fx.distill.methods.base import Batch, FeatureMethod, Source, Term, on_the_grid_of
 from vmkd_fx.distill.methods.pairs import Wanted, grid_of
-from vmkd_fx.distill.methods.settings import choice, not_negative, positive, whole
+from vmkd_fx.distill.methods.settings import choice, not_negative, positive
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.heads.projections import MASKED, MGDGenerator
@@ -19,7 +19,7 @@ from vmkd_fx.passes.injections import Injected
 
 
 @dataclass(frozen=True)
-class FitNet(Method):
+class FitNet(FeatureMethod):
     """L = L_class + weight L_hint, the hint a block of the teacher (Romero et al., 2015, Eq. 3).
 
     The paper trains on the hint first and on the classes afterwards; here both at once, as is usual now.
@@ -29,30 +29,19 @@ class FitNet(Method):
         hint: the teacher's block; None for the one at the same place.
         weight: of the hint loss.
         reduction: "elements" or "sample", see `FitNetLoss`.
-        teacher: index of the teacher whose feature is read.
     """
 
     position: int | str = "1/2"
     hint: int | str | None = None
     weight: float = 1.0
     reduction: str = "elements"
-    teacher: int = 0
 
     paper: ClassVar[str] = "FitNets, Romero et al., 2015"
-    fits: ClassVar[str] = "blocks whose patches stand in a grid"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("reduction", self.reduction, REDUCTIONS)
         positive(self, "weight")
-        whole(self, "teacher")
-
-    @property
-    def feature_teacher(self) -> int:
-        return self.teacher
-
-    @property
-    def reads_logits(self) -> bool:
-        return False
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
         block = known.blocks[known.position(self.position)]
@@ -61,15 +50,7 @@ class FitNet(Method):
     def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
         mine = student.anatomy.blocks[student.anatomy.position(self.position)]
         other = teacher.anatomy.blocks[self._hint(teacher.anatomy)]
-        return {
-            f"{FITNET}/hint": Wanted(
-                other.output,
-                other.layout,
-                other.prefix_tokens,
-                grid_of(other.tokens, teacher.input_size, f"{other.path} of {teacher.name}"),
-                grid_of(mine.tokens, student.input_size, mine.path),
-            )
-        }
+        return {f"{FITNET}/hint": on_the_grid_of(mine, student, other.output, other, teacher)}
 
     def injections(self, student: Source, teachers: Sequence[Source]) -> list[Injected]:
         theirs = teachers[self.teacher].anatomy
@@ -85,7 +66,7 @@ class FitNet(Method):
 
 
 @dataclass(frozen=True)
-class Mgd(Method):
+class Mgd(FeatureMethod):
     """L = L_class + alpha L_gen: the teacher's last feature, generated from the student's (Yang et al.,
     2022).
 
@@ -93,30 +74,19 @@ class Mgd(Method):
         alpha: weight of the generation, 7e-5 for classification.
         ratio: λ, the share of the student's feature that is masked.
         along: what is masked: "channels" (classification) or "locations".
-        teacher: index of the teacher whose feature is read.
     """
 
     alpha: float = 7e-5
     ratio: float = 0.15
     along: str = "channels"
-    teacher: int = 0
 
     paper: ClassVar[str] = "MGD, Yang et al., 2022"
-    fits: ClassVar[str] = "blocks whose patches stand in a grid"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("along", self.along, MASKED)
         not_negative(self, "alpha")
-        whole(self, "teacher")
         MGDGenerator(1, 1, self.ratio)
-
-    @property
-    def feature_teacher(self) -> int:
-        return self.teacher
-
-    @property
-    def reads_logits(self) -> bool:
-        return False
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
         block = known.blocks[known.position(-1)]
@@ -124,15 +94,7 @@ class Mgd(Method):
 
     def wanted(self, student: Source, teacher: Source) -> dict[str, Wanted]:
         mine, other = student.anatomy.blocks[-1], teacher.anatomy.blocks[-1]
-        return {
-            f"{MGD}/feature": Wanted(
-                teacher.anatomy.final,
-                other.layout,
-                other.prefix_tokens,
-                grid_of(other.tokens, teacher.input_size, f"{other.path} of {teacher.name}"),
-                grid_of(mine.tokens, student.input_size, mine.path),
-            )
-        }
+        return {f"{MGD}/feature": on_the_grid_of(mine, student, teacher.anatomy.final, other, teacher)}
 
     def injections(self, student: Source, teachers: Sequence[Source]) -> list[Injected]:
         mine = student.anatomy.blocks[-1]

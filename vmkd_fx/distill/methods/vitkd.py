@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from vmkd_fx.distill.losses import ViTKDLoss
 from vmkd_fx.distill.losses.vitkd import MIMICKING
-from vmkd_fx.distill.methods.base import Batch, Method, Source, Term
+from vmkd_fx.distill.methods.base import Batch, FeatureMethod, Source, Term, on_the_grid_of
 from vmkd_fx.distill.methods.pairs import Wanted, grid_of
-from vmkd_fx.distill.methods.settings import choice, not_negative, whole
+from vmkd_fx.distill.methods.settings import choice, not_negative
 from vmkd_fx.errors import RecipeError
-from vmkd_fx.graph.parts import Anatomy, Block
+from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.heads.masking import kept_tokens
 from vmkd_fx.passes.heads.vitkd import GENERATORS
@@ -21,7 +21,7 @@ from vmkd_fx.passes.vitkd import FEATURES, NAME, VitKdConfig, feature_of
 
 
 @dataclass(frozen=True)
-class ViTKD(Method):
+class ViTKD(FeatureMethod):
     """L = L_class + alpha L_lr + beta L_gen / ratio (Eq. 6; the division is the authors' code's).
 
     Attributes:
@@ -31,7 +31,6 @@ class ViTKD(Method):
         mimicking: "linear", aligned features, or "correlation", matrices of how tokens answer one another.
         generator: "conv", "self_attention" or "cross_attention" (table 7).
         features: "ffn", what a shallow block leaves, or "mha", its sum behind the attention (table 9).
-        teacher: index of the teacher whose features are read.
     """
 
     alpha: float = 3e-5
@@ -41,29 +40,20 @@ class ViTKD(Method):
     mimicking: str = "linear"
     generator: str = "conv"
     features: str = "ffn"
-    teacher: int = 0
 
     paper: ClassVar[str] = "ViTKD, Yang et al., 2022"
     fits: ClassVar[str] = "transformers, and other blocks whose patches stand in a grid"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "shallow", tuple(self.shallow))
         choice("mimicking", self.mimicking, MIMICKING)
         choice("generator", self.generator, GENERATORS)
         choice("features", self.features, FEATURES)
         not_negative(self, "alpha", "beta")
-        whole(self, "teacher")
         if not self.shallow:
             raise RecipeError(f"{self.name}: shallow names no block; the paper takes (0, 1)")
         ViTKDLoss(self.alpha, self.beta, self.ratio, self.mimicking)
-
-    @property
-    def feature_teacher(self) -> int:
-        return self.teacher
-
-    @property
-    def reads_logits(self) -> bool:
-        return False
 
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
         for index in self.shallow:
@@ -80,9 +70,9 @@ class ViTKD(Method):
         for place, index in enumerate(self.shallow):
             mine, other = (known.blocks[known.position(index)] for known in (ours, theirs))
             node = feature_of(other, self.features)
-            found[f"{NAME}/shallow_{place}"] = _wanted(node, mine, other, student, teacher)
-        last = ours.blocks[-1], theirs.blocks[-1]
-        return {**found, f"{NAME}/deep": _wanted(theirs.final, *last, student, teacher)}
+            found[f"{NAME}/shallow_{place}"] = on_the_grid_of(mine, student, node, other, teacher)
+        mine, other = ours.blocks[-1], theirs.blocks[-1]
+        return {**found, f"{NAME}/deep": on_the_grid_of(mine, student, theirs.final, other, teacher)}
 
     def injections(self, student: Source, teachers: Sequence[Source]) -> list[Injected]:
         known, teacher = student.anatomy, teachers[self.teacher].anatomy
@@ -113,13 +103,3 @@ class ViTKD(Method):
             Term(f"{self.name}/mimicking", parts.mimicking),
             Term(f"{self.name}/generation", parts.generation),
         ]
-
-
-def _wanted(node: str, mine: Block, other: Block, student: Source, teacher: Source) -> Wanted:
-    return Wanted(
-        node,
-        other.layout,
-        other.prefix_tokens,
-        grid_of(other.tokens, teacher.input_size, f"{other.path} of {teacher.name}"),
-        grid_of(mine.tokens, student.input_size, mine.path),
-    )
