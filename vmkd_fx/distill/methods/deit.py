@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vmkd_fx.distill.methods.base import Batch, Source, Term
-from vmkd_fx.distill.methods.logits import Distillation, distillation_loss, weighted
+from torch import Tensor
+
+from vmkd_fx.distill.methods.base import Batch, Source
+from vmkd_fx.distill.methods.logits import Distillation
 from vmkd_fx.graph.parts import Anatomy
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.injections import Injected
@@ -31,8 +33,5 @@ class DeiT(Distillation):
     def check_student(self, module: TracedModule, known: Anatomy) -> None:
         two_heads(module)
 
-    def terms(self, batch: Batch) -> list[Term]:
-        heads = [batch.outputs[f"{NAME}/dist"]] * len(batch.teachers)
-        loss = distillation_loss(self.distillation, self.temperature)
-        values = weighted(heads, batch, self.confidence, loss)
-        return [Term(f"{self.name}/{index}", value, self.alpha) for index, value in enumerate(values)]
+    def heads(self, batch: Batch) -> list[Tensor]:
+        return [batch.outputs[f"{NAME}/dist"]] * len(batch.teachers)

@@ -24,11 +24,6 @@ from vmkd_fx.graph.edit import LOGITS
 DISTILLATIONS = ("hard", "soft")
 
 
-def distillation_loss(kind: str, temperature: float) -> nn.Module:
-    """The loss of one head to one teacher, (B, C), (B, C) to (B,)."""
-    return HardDistillation() if kind == "hard" else SoftDistillation(temperature)
-
-
 def weighted(
     heads: Sequence[Tensor],
     batch: Batch,
@@ -71,10 +66,14 @@ class Distillation(Method):
     def class_share(self) -> float:
         return 1 - self.alpha
 
+    def heads(self, batch: Batch) -> list[Tensor]:
+        """The logits (B, C) that learn from each teacher."""
+        return [batch.outputs[LOGITS]] * len(batch.teachers)
+
     def terms(self, batch: Batch) -> list[Term]:
-        loss = distillation_loss(self.distillation, self.temperature)
-        heads = [batch.outputs[LOGITS]] * len(batch.teachers)
-        values = weighted(heads, batch, self.confidence, loss)
+        hard = self.distillation == "hard"
+        loss = HardDistillation() if hard else SoftDistillation(self.temperature)
+        values = weighted(self.heads(batch), batch, self.confidence, loss)
         return [Term(f"{self.name}/{index}", value, self.alpha) for index, value in enumerate(values)]
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vmkd_fx.distill.methods.base import Batch, Source, Term
-from vmkd_fx.distill.methods.logits import Distillation, distillation_loss, weighted
+from vmkd_fx.distill.methods.logits import Distillation
 from vmkd_fx.distill.methods.settings import not_negative
 from vmkd_fx.errors import RecipeError
 from vmkd_fx.graph.parts import Anatomy
@@ -73,11 +75,11 @@ class Std(Distillation):
     def injections(self, student: Source, teachers: Sequence[Source]) -> list[Injected]:
         return [Injected(NAME, self.config(len(teachers)))]
 
+    def heads(self, batch: Batch) -> list[Tensor]:
+        return [batch.outputs[f"{NAME}/{index}"] for index in range(len(batch.teachers))]
+
     def terms(self, batch: Batch) -> list[Term]:
-        heads = [batch.outputs[f"{NAME}/{index}"] for index in range(len(batch.teachers))]
-        loss = distillation_loss(self.distillation, self.temperature)
-        values = weighted(heads, batch, self.confidence, loss)
-        terms = [Term(f"{self.name}/{index}", value, self.alpha) for index, value in enumerate(values)]
+        terms = super().terms(batch)
         if self.information:
             terms.append(Term(f"{self.name}/information", batch.outputs[INFORMATION], self.information))
         return terms
