@@ -216,3 +216,11 @@ def test_a_model_without_blocks() -> None:
     assert not found.blocks
     with pytest.raises(MatchError, match="has no blocks"):
         found.position(-1)
+
+
+def test_lengths_that_are_read_later_do_not_open_a_residual_sum() -> None:
+    """MViT hands the size of its grid from block to block, beside the tokens."""
+    with torch.device("meta"):
+        found = vx.anatomy(timm.create_model("mvitv2_tiny"))
+    first_of_stage = [found.blocks[stage.first].branches[0] for stage in found.stages[1:]]
+    assert [(branch.shortcut, branch.layout) for branch in first_of_stage] == [("projection", "NLC")] * 3

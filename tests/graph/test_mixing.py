@@ -411,3 +411,13 @@ def test_no_branch_of_a_large_model_is_unclear(name: str) -> None:
     found = [branch for block in vx.anatomy(graph).blocks for branch in block.branches]
     assert found
     assert not [b for b in found if b.mixing.mixes is None and b.mixing.by != ANOTHER_LAYOUT]
+
+
+def test_two_places_may_reach_one_by_channels_of_their_own() -> None:
+    def halves(x: Tensor, body: nn.Module) -> Tensor:
+        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
+        return torch.cat([x[:, :2, ::2, ::2], shifted[:, 2:, ::2, ::2]], dim=1)
+
+    found, seen = verdicts(Body(halves), "NCHW")
+    assert found.mixes is True
+    assert seen is True
