@@ -124,8 +124,9 @@ class RIFormer(Method):
         inputs, outputs = _layers_of(batch.outputs, "input"), _layers_of(batch.outputs, "output")
         left, mixed = _layers_of(theirs, "input"), _layers_of(theirs, "output")
         # Projections whose term has ended still belong to the step: DistributedDataParallel waits for them.
-        idle = sum((feature.float().mean() for feature in (*inputs, *outputs)), soft.new_zeros(())) * 0
-        parts = ModuleImitationParts(idle, idle, idle)
+        zero = soft.new_zeros(())
+        idle = sum((feature.float().mean() for feature in (*inputs, *outputs)), zero) * 0
+        parts = ModuleImitationParts(zero, zero, zero)
         features, relations = self._counts("feature_epochs", batch), self._counts("relation_epochs", batch)
         if features or relations:
             related = _layers_of(batch.outputs, "relation")
