@@ -50,6 +50,10 @@ class VerificationError(VmkdError):
     """A rewritten graph does not compute what it promised to compute."""
 
 
+class PassError(VmkdError):
+    """Lowering passes are in an order that cannot work, or one of them failed."""
+
+
 class RecipeError(VmkdError):
     """A recipe holds a key or a value that it may not hold."""
 

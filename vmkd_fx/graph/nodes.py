@@ -9,10 +9,15 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+
+_OPERATORS = "torch.ops"
+"""Stands for the module of an operator, which is no module of Python's."""
 
 OWNER = "vmkd_owner"
 """In a node's meta: the path of the module whose forward holds it."""
@@ -88,15 +93,19 @@ def graph_of(nodes: list[PlainNode], tracer: type[Any] | None = None) -> Graph:
 
 
 def _named(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return Named(_OPERATORS, f"{target.namespace}.{target._opname}.{target._overloadname}")
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
     found = getattr(sys.modules.get(module or ""), name or "", None)
     return Named(str(module), str(name)) if found is target and callable(target) else target
 
 
 def _found(target: Any) -> Any:
-    return (
-        getattr(importlib.import_module(target.module), target.name) if isinstance(target, Named) else target
-    )
+    if not isinstance(target, Named):
+        return target
+    if target.module == _OPERATORS:
+        return reduce(getattr, target.name.split("."), torch.ops)
+    return getattr(importlib.import_module(target.module), target.name)
 
 
 def _reference(value: Any) -> Any:

@@ -43,14 +43,18 @@ def multiply_adds(module: nn.Module, input_size: Shape) -> int:
     The counting rule of the papers' tables: Linear, Conv and matrix products count one a multiply-add,
     LayerNorm and GroupNorm five an element, everything else nothing.
     """
+    with counting() as counter:
+        _on_fake_images(module, module, input_size, 1)
+    return counter.get_total_flops() // 2
+
+
+def counting() -> FlopCounterMode:
+    """Counts twice the multiply-adds of what runs inside it."""
     rules = {
         torch.ops.aten.native_layer_norm: _norm_operations,
         torch.ops.aten.native_group_norm: _norm_operations,
     }
-    counter = FlopCounterMode(display=False, custom_mapping=rules)
-    with counter:
-        _on_fake_images(module, module, input_size, 1)
-    return counter.get_total_flops() // 2
+    return FlopCounterMode(display=False, custom_mapping=rules)
 
 
 def class_count(module: nn.Module, input_size: Shape) -> int:

@@ -151,18 +151,18 @@ class TracedModule(torch.fx.GraphModule):
         return _restore, (body, plain_nodes(self.graph))
 
 
-def fork(module: TracedModule, *, to_edit: bool = False) -> TracedModule:
+def fork(module: TracedModule, *, to_edit: bool = False, throwaway: bool = False) -> TracedModule:
     """The same parameters under a graph and a module tree of their own, free to be edited.
 
     With `to_edit` it cannot be called before `recompile()`: whoever edits it ends with that, and generating
-    code is most of the work.
+    code is most of the work. In a `throwaway` fork other tensors may be put under the same names.
     """
     graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
     value = graph.graph_copy(module.graph, {})
     output = next(reversed(module.graph.nodes))
     graph.output(value, output.type).meta.update(output.meta)
     with editing() if to_edit else contextlib.nullcontext():
-        return TracedModule(shared_view(module), graph)
+        return TracedModule(shared_view(module, throwaway=throwaway), graph)
 
 
 @contextlib.contextmanager

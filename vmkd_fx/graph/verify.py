@@ -28,6 +28,7 @@ def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute value of `before`; infinite where either is not
     finite.
     """
+    before, after = before.detach(), after.detach()
     if before.shape != after.shape or not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
         return float("inf")
     scale = float(before.abs().max())
@@ -60,6 +61,7 @@ def randomise_(module: AnyModule, seed: int = 0) -> AnyModule:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
+            tensor.data = tensor.data.contiguous()  # an expanded one has no place for each number
             if tensor.numel() != max(tensor.shape, default=0):
                 if not bool(tensor.reshape(-1)[:1].any()) and not bool(tensor.any()):
                     tensor.copy_(normal(tensor) / tensor[0].numel() ** 0.5)
@@ -82,6 +84,22 @@ def outputs_of(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
 def logits_of(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The logits in eval mode."""
     return outputs_of(module, images)[LOGITS]
+
+
+def rounding_of(module: nn.Module, images: torch.Tensor, seed: int = 0) -> float:
+    """What one unit in the last place of every weight does to the logits, relative.
+
+    Deep networks magnify rounding, so this, and no fixed number, says how well they can be computed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noisy = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point():
+            signs = 2 * torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) - 1
+            noisy[name] = tensor * (1 + torch.finfo(tensor.dtype).eps * signs)
+    with evaluating(module), torch.no_grad():
+        found = torch.func.functional_call(module, noisy, (images,))
+    return relative_error(logits_of(module, images), found)
 
 
 def check_equal(before: torch.Tensor, after: torch.Tensor, tolerance: float, what: str) -> float:

@@ -1,0 +1,82 @@
+"""Compute a graph in double precision for a while, also where it names a precision of its own.
+
+Proofs need float64 throughout: a graph that rounds to float32 halfway, as `softmax(dtype=float32)` does,
+would hide an error below 1e-7 and invent one above 1e-12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+
+from vmkd_fx.errors import VerificationError
+from vmkd_fx.graph.sizes import forget
+from vmkd_fx.graph.traced import TracedModule
+
+_DTYPES = "vmkd_dtypes"
+
+_DOUBLE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex128), torch.complex128),
+}
+
+
+def floats(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that hold real numbers, by name."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+
+
+def name_double_(module: TracedModule) -> None:
+    """Let the graph's operators name double precision wherever they name another; each remembers what it
+    named.
+    """
+    for node in module.graph.nodes:
+        named: list[torch.dtype] = []
+
+        def doubled(value: Any, named: list[torch.dtype] = named) -> Any:
+            if isinstance(value, torch.dtype) and value in _DOUBLE:
+                named.append(value)
+                return _DOUBLE[value]
+            return value
+
+        args, kwargs = map_aggregate(node.args, doubled), map_aggregate(node.kwargs, doubled)
+        if named:
+            node.args, node.kwargs, node.meta[_DTYPES] = args, kwargs, tuple(named)
+
+
+def leave_double_(
+    module: TracedModule, dtype: torch.dtype, precisions: dict[str, torch.dtype], what: str
+) -> None:
+    """Back to `dtype`: tensors to their own of `precisions`, operators to what they named.
+
+    An operator that named float64 named the precision of the graph it was made in, which is now `dtype`.
+
+    Raises:
+        VerificationError: a number does not fit.
+    """
+    follows = {
+        torch.float64: dtype,
+        torch.complex128: torch.complex128 if dtype == torch.float64 else torch.complex64,
+    }
+    for node in module.graph.nodes:
+        if _DTYPES in node.meta:
+            named = iter(node.meta.pop(_DTYPES))
+
+            def restored(value: Any, named: Any = named) -> Any:
+                if isinstance(value, torch.dtype) and value in _DOUBLE:
+                    own = next(named)
+                    return follows.get(own, own)
+                return value
+
+            node.args = map_aggregate(node.args, restored)
+            node.kwargs = map_aggregate(node.kwargs, restored)
+        forget(node)
+    for name, tensor in floats(module):
+        was_finite = torch.isfinite(tensor)  # a mask may hold infinities of its own
+        tensor.data = tensor.to(precisions.get(name, dtype))
+        if not torch.equal(torch.isfinite(tensor), was_finite):
+            raise VerificationError(f"{what}: {name} does not fit into {tensor.dtype}")
+    module.recompile()
