@@ -4,36 +4,28 @@ on its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from vmkd_fx.errors import UnknownNameError, VerificationError
+from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.graph.edit import named_outputs
+from vmkd_fx.graph.in_double import floats, leave_double_
 from vmkd_fx.graph.receipt import undo
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
+from vmkd_fx.graph.sizes import Sizes
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
-from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images, randomise_
-from vmkd_fx.passes.circulant_lowering import realise_circulants
-from vmkd_fx.passes.evaluation import specialise_to_evaluation
-from vmkd_fx.passes.fold.channel_affine import fold_channel_affines
+from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images
+from vmkd_fx.passes.lowering import chosen_passes
 from vmkd_fx.passes.prediction import PREDICTIONS, keep_as_prediction, predicted, teacher_heads
-from vmkd_fx.passes.record import LoweringPass, Record
+from vmkd_fx.passes.proof import PROVED, Proof
+from vmkd_fx.passes.rewrite import LoweringPass
 from vmkd_fx.steps import Ledger, Step
-from vmkd_fx.target import parse_target
-
-LOWERING: tuple[tuple[str, LoweringPass], ...] = (
-    ("evaluation", specialise_to_evaluation),
-    ("channel_affine", fold_channel_affines),
-    ("circulant", realise_circulants),
-)
-"""The passes of `lower`, in their order."""
+from vmkd_fx.target import Target, parse_target
 
 
 def strip(model: Any, predict: str = "class", *, copy: bool = False) -> TracedModule:
@@ -66,7 +58,10 @@ def lower(
     model: Any,
     target: str = "onnxruntime",
     *,
+    passes: Sequence[str | LoweringPass] | None = None,
     predict: str = "class",
+    keep_going: bool = False,
+    autotune: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> TracedModule:
     """Strip, merge, lower and verify; the result computes the same logits with less.
@@ -75,7 +70,11 @@ def lower(
         model: a task, a traced module or a plain model; it is left as it was.
         target: "torch", "onnxruntime", "tensorrt" or "tensorrt-rtx", with a list of compute capabilities
             where that applies.
+        passes: names of `LOWERING` and passes of your own, in their order; all of `LOWERING` by default.
         predict: "class", "mean" or "dist", as for `strip`.
+        keep_going: leave a site alone whose rewrite does not prove right, and say so in the ledger.
+        autotune: measure how circulant mixers and global filters run fastest on this machine, in the target's
+            runtime ("torch" or "onnxruntime"), where else a cost model chooses.
         evaluate: module to accuracy, on held-out images; the ledger then holds the accuracy of every
             prediction.
 
@@ -84,15 +83,18 @@ def lower(
         happened.
 
     Raises:
-        VerificationError: a pass changed the function by more than it may.
+        VerificationError: a pass changed the function by more than it may; names pass, site and error.
+        PassError: the passes are in an order that cannot work, or one of them failed.
+        UnknownNameError: there is no such target or pass.
     """
-    parse_target(target)
+    goal = parse_target(target)
+    chosen = chosen_passes(passes, autotune)
     training = trace(model)
     source = strip(training, predict, copy=True).eval()
     steps = [_measured(Step("training graph", training.info.name), training)]
     if training.receipts:
         steps.append(_measured(_check_strip(training, source, predict), source))
-    lowered, passed = _run_passes(source)
+    lowered, passed = _lowered(source, goal, chosen, keep_going)
     accuracy = _accuracies(training, evaluate) if evaluate else {}
     lowered.meta["ledger"] = Ledger((*steps, *passed), accuracy)
     return lowered
@@ -103,64 +105,40 @@ def ledger(model: Any) -> Ledger:
     return trace(model).ledger
 
 
-def _run_passes(source: TracedModule) -> tuple[TracedModule, list[Step]]:
-    """Run the pipeline in float64 on `source`, in place, and on a twin with random parameters.
-
-    The twin proves each pass, on two images so that nothing mixes samples unseen; `source` proves the whole.
+def _lowered(
+    source: TracedModule, target: Target, passes: Sequence[LoweringPass], keep_going: bool
+) -> tuple[TracedModule, list[Step]]:
+    """Run the passes in float64 on `source` and on a twin with random parameters, which proves each of
+    them.
     """
-    dtype = reference_tensor(source).dtype
-    precisions = {name: tensor.dtype for name, tensor in _floats(source)}
-    work = source.double()
-    twin = randomise_(deepcopy(work))
-    images = probe_images(work)
-    expected, twin_before = logits_of(work, images[:1]), logits_of(twin, images)
-    steps: list[Step] = []
-    for name, lowering_pass in LOWERING:
-        code = work.code
-        work, record = lowering_pass(work)
-        twin, _ = lowering_pass(twin)
-        if not record.matched and work.code == code:
-            last = steps[-1] if steps else _measured(Step(name), work)
-            steps.append(replace(last, name=name, **_outcome(record, None)))
-            continue
-        twin_after = logits_of(twin, images)
-        error = check_equal(twin_before, twin_after, TOLERANCE, f"pass {name} on {source.info.name}")
-        twin_before = twin_after
-        steps.append(_measured(Step(name, **_outcome(record, error)), work))
-    found = logits_of(work, images[:1])
-    total: dict[str, Any] = {
-        "detail": "all passes, the model's own parameters",
-        "error": check_equal(expected, found, TOLERANCE, f"lowering {source.info.name}"),
-        "tolerance": TOLERANCE,
-        "checked": "float64",
-        "matched": None,
-        "refused": (),
-    }
-    for name, tensor in _floats(work):
-        was_finite = torch.isfinite(tensor)  # a mask may hold infinities of its own
-        tensor.data = tensor.to(precisions.get(name, dtype))
-        if not torch.equal(torch.isfinite(tensor), was_finite):
-            raise VerificationError(f"lowering {source.info.name}: {name} does not fit into {tensor.dtype}")
-    return work, [*steps, replace(steps[-1], name="lowered", **total)]
-
-
-def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers that hold real numbers, by name."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
-
-
-def _outcome(record: Record, error: float | None) -> dict[str, Any]:
-    """The fields of a pass's row that its record and its proof fill."""
-    proved = error is not None
-    return {
-        "detail": record.detail,
-        "matched": record.matched,
-        "refused": record.refused,
-        "error": error,
-        "tolerance": TOLERANCE if proved else None,
-        "checked": "float64, randomised parameters" if proved else "unchanged",
-    }
+    dtype, name = reference_tensor(source).dtype, source.info.name
+    precisions = {path: tensor.dtype for path, tensor in floats(source)}
+    source = source.double()
+    proof, idle = Proof.of(source)
+    detail = f"ATen operators; {idle} nodes handed their input on"
+    evaluated = Step("evaluation", detail, idle, error=proof.error, tolerance=TOLERANCE, checked=PROVED)
+    steps = [_measured_operators(evaluated, proof.work)]
+    images = probe_images(source, batch=1)
+    expected = logits_of(proof.work, images)
+    for lowering_pass in passes:
+        step, changed = proof.run(lowering_pass, target, keep_going)
+        sizes = {key: getattr(steps[-1], key) for key in ("nodes", "parameters", "multiply_adds")}
+        steps.append(_measured_operators(step, proof.work) if changed else replace(step, **sizes))
+    work = proof.work
+    error, bound = proof.hold(expected, logits_of(work, images), f"lowering {name}")
+    leave_double_(work, dtype, precisions, f"lowering {name}")
+    total = replace(
+        steps[-1],
+        name="lowered",
+        detail="all passes, the model's own parameters",
+        error=error,
+        tolerance=bound,
+        checked="float64",
+        matched=None,
+        sites=(),
+        refused=(),
+    )
+    return work, [*steps, total]
 
 
 def _check_strip(training: TracedModule, stripped: TracedModule, predict: str) -> Step:
@@ -182,8 +160,17 @@ def _accuracies(training: TracedModule, evaluate: Callable[[nn.Module], float]) 
 
 
 def _measured(step: Step, module: TracedModule) -> Step:
+    """The row with the sizes of a traced graph."""
     size = module.info.need_input_size()
-    nodes = len(module.graph.nodes)
-    return replace(
-        step, nodes=nodes, parameters=parameter_count(module), multiply_adds=multiply_adds(module, size)
-    )
+    return _sized(step, module, multiply_adds(module, size))
+
+
+def _measured_operators(step: Step, module: TracedModule) -> Step:
+    """The row with the sizes of a graph of ATen operators, which are counted one by one."""
+    sizes = Sizes(module, module.info.need_input_size(), reference_tensor(module).dtype)
+    return _sized(step, module, sizes.multiply_adds(module.graph))
+
+
+def _sized(step: Step, module: TracedModule, work: int) -> Step:
+    nodes = sum(node.op.startswith("call_") for node in module.graph.nodes)
+    return replace(step, nodes=nodes, parameters=parameter_count(module), multiply_adds=work)
