@@ -3,95 +3,103 @@
     LN(x; g, b) * s + t = LN(x; g s, b s + t)          BN(conv(x; W, b)) = conv(x; s W, s b + t)
     GN(x; g, b), then RIFormer's affine(n) - n, s' = s - 1 (Eq. 4): the same with s' and t
 
-An affine goes into what computes its input if nobody else reads that; else into the one matrix that reads its
-result. Both are exact; in float64 they round to 1e-16 a merge and are held to 1e-12 for the whole graph. What
-is refused is listed with its reason: a reader beside the affine, weights used twice, another axis, a shift
-into zero padding.
+An affine goes into what computes its input, through layouts and averages, if nobody else reads that; else
+into everything that reads its result, if each of that can take it. All are exact; in float64 they round to
+1e-16 a merge. What is refused is listed with its reason: a reader beside the affine, weights used twice,
+another axis, a shift into zero padding.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-
-import torch
 from torch.fx import Node
 
-from vmkd_fx.graph.edit import drop_dead_nodes, written_to
-from vmkd_fx.graph.shapes import Shape, node_shapes
-from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.passes.evaluation import drop_unused
-from vmkd_fx.passes.fold.absorb import Weights, absorb_before, absorb_behind, parameter_uses
-from vmkd_fx.passes.fold.affine import AffineReader, ChannelAffine, may_be_affine
-from vmkd_fx.passes.record import Record
-from vmkd_fx.steps import Refusal
+from vmkd_fx.passes.fold.absorb import absorb_behind, refusal_behind
+from vmkd_fx.passes.fold.affine import AffineReader, ChannelAffine
+from vmkd_fx.passes.fold.holders import Holder, holder_of
+from vmkd_fx.passes.fold.moves import Pair, backward, moves
+from vmkd_fx.passes.fold.push import push_forward
+from vmkd_fx.passes.rewrite import LoweringPass, Rewrite
 
 
-@torch.no_grad()
-def fold_channel_affines(module: TracedModule) -> tuple[TracedModule, Record]:
-    """Fold until nothing more folds; `module` is specialised to evaluation and owns its parameters."""
-    matched, behind = 0, 0
-    while True:
-        found, into_producers, refused = _fold_once(module)
-        matched, behind = matched + found, behind + into_producers
-        if not found:
-            break
-    detail = f"{behind} into the layer before, {matched - behind} into the layer behind"
-    return drop_unused(module) if matched else module, Record(
-        matched, detail if matched else "", tuple(refused)
-    )
+def fold_channel_affines(rewrite: Rewrite) -> None:
+    """Fold until nothing more folds."""
+    while _fold_once(rewrite):
+        rewrite.graph.eliminate_dead_code()
 
 
-def _fold_once(module: TracedModule) -> tuple[int, int, list[Refusal]]:
-    if not any(may_be_affine(module, node) for node in module.graph.nodes):
-        return 0, 0, []
-    shapes = node_shapes(module)
-    reader = AffineReader(module, shapes)
-    counts = parameter_uses(module)
+CHANNEL_AFFINE = LoweringPass(
+    "channel_affine",
+    fold_channel_affines,
+    {
+        "constants": "it reads scales that views of parameters make",
+        "shape_of": "a value that is read for its shape alone keeps its layout",
+        "group_norms": "it would write out a norm's weight that can leave the norm",
+    },
+)
+
+
+def _fold_once(rewrite: Rewrite) -> int:
+    reader = AffineReader(rewrite)
     claimed: set[Node] = set()
-    matched, behind, refused = 0, 0, []
-    for node in reversed(list(module.graph.nodes)):
+    changed: set[Node] = set()
+    count = 0
+    for node in reversed(list(rewrite.graph.nodes)):
         affine = None if node in claimed else reader.read(node)
         if affine is None:
             continue
         if outside := _read_from_outside(affine, node):
-            refused.append(Refusal(node.name, f"{outside.name} inside it is read by other nodes too"))
+            rewrite.refuse(node, f"{outside.name} inside it is read by other nodes too")
             continue
         claimed |= affine.members
-        side, reason = _absorb(module, node, affine, shapes, counts)
-        if reason:
-            refused.append(Refusal(node.name, reason))
+        if affine.base in changed or not affine.members.isdisjoint(changed):
+            count += 1  # what it stands on was written anew: the next round reads it
             continue
-        node.replace_all_uses_with(affine.base)
-        for member in reversed([n for n in module.graph.nodes if n in affine.members]):
-            module.graph.erase_node(member)
-        matched, behind = matched + 1, behind + (side == "behind")
-    drop_dead_nodes(module)
-    module.recompile()
-    return matched, behind, refused
+        count += _fold(rewrite, node, affine, changed)
+    return count
+
+
+def _fold(rewrite: Rewrite, node: Node, affine: ChannelAffine, changed: set[Node]) -> int:
+    found = _producer(rewrite, affine)
+    if not isinstance(found, str):
+        holder, way, pair = found
+        if not rewrite.take(node, "into the layer before"):
+            return 0
+        rewrite.at(way[0] if way else holder.node)
+        made = absorb_behind(rewrite, holder, pair)
+        holder.node.replace_all_uses_with(made)
+        node.replace_all_uses_with(made if affine.base is holder.node else affine.base)
+        changed |= {holder.node, node, *affine.members}
+        return 1
+    behind = push_forward(rewrite, node, affine, changed)
+    if isinstance(behind, str):
+        rewrite.refuse(node, f"{found}; {behind}")
+        return 0
+    return behind
+
+
+def _producer(rewrite: Rewrite, affine: ChannelAffine) -> tuple[Holder, list[Node], Pair] | str:
+    """What computes the affine's input and can take it, the layouts on the way, and the affine as it is
+    there.
+    """
+    node, pair, way = affine.base, (affine.scale, affine.shift), []
+    readers = set(affine.members)
+    while True:
+        if not set(node.users) <= readers:
+            return f"{node.name} before it is read by other nodes too"
+        if not moves(node):
+            break
+        moved = backward(rewrite, node, pair)
+        if moved is None:
+            return f"it does not pass {node.name} before it"
+        pair, readers = moved, {node}
+        way.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    holder = holder_of(rewrite, node)
+    if isinstance(holder, str):
+        return holder
+    return refusal_behind(rewrite, holder, pair) or (holder, way[::-1], pair)
 
 
 def _read_from_outside(affine: ChannelAffine, root: Node) -> Node | None:
     inner = affine.members - {root}
     return next((node for node in inner if not set(node.users) <= affine.members), None)
-
-
-def _absorb(
-    module: TracedModule, root: Node, affine: ChannelAffine, shapes: dict[Node, Shape], counts: Counter[int]
-) -> tuple[str, str]:
-    """Try the producer, then the consumer; returns the side that took it, or "" and the reasons."""
-    rank = len(shapes[root])
-    if written_to(affine.base, module):
-        return "", f"{affine.base.name} before it is changed in place"
-    if set(affine.base.users) <= affine.members:
-        first = absorb_behind(Weights(module, affine.base), affine, rank, counts)
-        if first is None:
-            return "behind", ""
-    else:
-        first = f"{affine.base.name} before it is read by other nodes too"
-    if len(root.users) != 1:
-        return "", f"{first}; {len(root.users)} nodes read it"
-    consumer = next(iter(root.users))
-    if consumer.args[:1] != (root,) or root in consumer.args[1:]:
-        return "", f"{first}; {consumer.name} behind it does not read it as its input"
-    second = absorb_before(Weights(module, consumer), affine, rank, counts)
-    return ("", f"{first}; {second}") if second else ("before", "")
