@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmkd_fx import __version__
+from vmkd_fx.deploy.onnx_operators import translations
 from vmkd_fx.errors import ExportError
 from vmkd_fx.extras import require
 from vmkd_fx.files import writing
@@ -175,6 +176,7 @@ def _to_onnx(model: torch.nn.Module, example: Array, opset: int, dynamic_batch: 
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=shapes,
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:

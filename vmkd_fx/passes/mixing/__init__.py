@@ -1,0 +1,1 @@
+"""Circulant mixers and global filters: one linear map, several ways to compute it."""
