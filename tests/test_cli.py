@@ -158,6 +158,68 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no method 'vitk'; did you mean 'vitkd'" in refused(capsys, "recipes", "vitk")
 
 
+LOWERS = """
+import torch
+from vmkd_fx.passes.rewrite import LoweringPass
+
+def run(rewrite):
+    for node in rewrite.calls(torch.ops.aten.gelu):
+        if rewrite.take(node, "gelu by its tanh form"):
+            tanh = rewrite.call(torch.ops.aten.gelu.default, node.args[0], approximate="tanh")
+            rewrite.replace(node, tanh)
+
+TANH = LoweringPass("tanh", run)
+"""
+TINY = (
+    "vit_tiny_patch16_224",
+    *(f"--option={given}" for given in ("img_size=32", "depth=1", "embed_dim=48")),
+)
+
+
+def test_lower_prints_the_ledger(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lower", "test_resnet", "--target", "torch", "--onnx", "m.onnx"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^channel_affine +15 .* 15 into the layer before$", printed.out, re.MULTILINE)
+    assert re.search(r"from training graph to lowered: nodes \d+ -> \d+ \(-\d+\.\d %\)", printed.out)
+    assert re.search(r"^onnx .* opset 20", printed.out, re.MULTILINE)
+    assert (folder / "m.onnx").stat().st_size > 1e5
+    assert max(map(len, printed.out.splitlines())) <= 120
+    assert "m.onnx holds fresh weights; --option pretrained=true" in printed.err
+
+
+def test_lower_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lower", "test_resnet", "--passes", "constants,channel_affine", "--explain", "bn1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^channel_affine +batch_norm_2 +bn1 +rewrote it: into the layer", printed, re.MULTILINE)
+    assert "training graph" not in printed
+    message = refused(capsys, "lower", "test_resnet", "--passes", "", "--explain", "layer9.0.bn1")
+    assert "test_resnet: there is no node or module 'layer9.0.bn1'; did you mean " in message
+
+
+def test_lower_and_bisect_with_a_wrong_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mypasses.py").write_text(LOWERS)
+    passes = ("--passes", "constants,mypasses:TANH")
+    message = refused(capsys, "lower", *TINY, *passes)
+    assert "pass tanh on vit_tiny_patch16_224, at gelu: differs" in message
+    assert "--keep-going" in message
+    assert main(["lower", *TINY, *passes, "--keep-going"]) == 0
+    assert "tanh left 1 site alone: rolled back: differs" in capsys.readouterr().out
+    assert main(["bisect", *TINY, *passes]) == 2
+    printed = capsys.readouterr()
+    assert "its first bad site is gelu" in printed.out
+    assert printed.err == "vmkd bisect: the pass tanh is wrong on vit_tiny_patch16_224\n"
+    assert main(["bisect", *TINY, "--passes", "constants"]) == 0
+    assert "every pass is right on vit_tiny_patch16_224" in capsys.readouterr().out
+
+
+def test_lower_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
+    assert main(["lower", "run/last.safetensors", "--passes", "constants", "-v"]) == 0
+    assert "from training graph to lowered" in capsys.readouterr().out
+    options = ("--option", "depth=3")
+    assert "goes with --model NAME" in refused(capsys, "lower", "run/last.safetensors", *options)
+
+
 def test_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--pattern", "test_resnet", "--jobs", "1", "--full"]) == 0
     assert "1 of 1 models without a fault: sweep-out/coverage.md" in capsys.readouterr().out
@@ -176,6 +238,14 @@ def test_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("sweep", "--pattern", "resnet_fifty"), "no timm model that fits 'resnet_fifty'"),
         (("train", "nothing.yaml"), "nothing.yaml"),
         (("deploy", "nothing.safetensors"), "there is no weights file nothing.safetensors"),
+        (("lower", "resnet81"), "no timm model 'resnet81'; did you mean 'resnet18'"),
+        (("lower", "resnet18", "--target", "tensort"), "no target 'tensort'; did you mean 'tensorrt'"),
+        (("lower", "resnet18", "--passes", "chanel_affine"), "no pass 'chanel_affine'; did you mean"),
+        (("lower", "resnet18", "--passes", "channel_affine,constants"), "has to follow 'constants', for it"),
+        (("lower", "nothing.safetensors"), "there is no weights file nothing.safetensors"),
+        (("lower", "test_vit", "--predict", "mean"), "needs distillation heads, and test_vit has none"),
+        (("bisect", "resnet81"), "no timm model 'resnet81'"),
+        (("bisect", "resnet18", "--target", "tensort"), "no target 'tensort'"),
         (("build", "nothing", "--target", "tensorrt-rtx"), "no ONNX file and no bundle nothing"),
         (("build", "nothing", "--target", "tensort"), "no target 'tensort'; did you mean 'tensorrt'"),
         (("build", "nothing", "--target", "tensorrt-rtx:sm99"), "no compute capability 'sm99'"),
@@ -240,12 +310,15 @@ def test_a_place_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixt
 
 def test_weights_that_are_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "junk.safetensors").write_bytes(b"junk")
+    assert "cannot read junk.safetensors as safetensors" in refused(capsys, "lower", "junk.safetensors")
     assert "cannot read junk.safetensors as safetensors" in refused(capsys, "deploy", "junk.safetensors")
     torch.save({"state_dict": "no"}, folder / "junk.pth")
     assert "junk.pth" in refused(capsys, "deploy", "junk.pth", "--model", "test_vit")
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "recipes", "sweep", "train", "deploy", "build", "run"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "inspect", "recipes", "sweep", "train", "lower", "bisect", "deploy", "build", "run"]
+)
 def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

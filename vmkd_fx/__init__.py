@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vmkd_fx.distill.wrap import wrap as wrap
     from vmkd_fx.graph.anatomy import anatomy as anatomy
     from vmkd_fx.graph.trace import trace as trace
+    from vmkd_fx.passes.bisect import bisect as bisect
+    from vmkd_fx.passes.compare import bisect_graphs as bisect_graphs
+    from vmkd_fx.passes.explain import explain as explain
     from vmkd_fx.passes.feature_taps import tap as tap
     from vmkd_fx.passes.pipeline import ledger as ledger
     from vmkd_fx.passes.pipeline import lower as lower
@@ -33,6 +36,9 @@ _VERBS = {
     "save": "vmkd_fx.distill.save",
     "lower": "vmkd_fx.passes.pipeline",
     "ledger": "vmkd_fx.passes.pipeline",
+    "explain": "vmkd_fx.passes.explain",
+    "bisect": "vmkd_fx.passes.bisect",
+    "bisect_graphs": "vmkd_fx.passes.compare",
     "export": "vmkd_fx.deploy.onnx_export",
     "build": "vmkd_fx.deploy.engine",
     "load": "vmkd_fx.deploy.runtime",

@@ -19,12 +19,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
 
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm model, or package.module:factory")
-    parser.add_argument(
-        "--input-size",
-        type=_size,
-        metavar="C,H,W",
-        help="of one image, where the model does not say: 3,224,224",
-    )
+    _add_input_size(parser)
     _add_options(parser)
 
 
@@ -48,13 +43,26 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="remove an earlier training first")
 
 
+def lower(parser: argparse.ArgumentParser) -> None:
+    _add_lowering(parser)
+    parser.add_argument(
+        "--keep-going", action="store_true", help="leave a site alone whose rewrite is wrong, and say so"
+    )
+    parser.add_argument("--explain", metavar="NODE", help="what happened to this node or module, only that")
+    parser.add_argument("--onnx", metavar="FILE", type=Path, help="write the result as ONNX, and check it")
+
+
+def bisect(parser: argparse.ArgumentParser) -> None:
+    _add_lowering(parser)
+
+
 def deploy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bundle"), help="folder (default: bundle)")
     _add_target(parser, default="onnxruntime")
-    parser.add_argument("--predict", default="class", metavar="HEAD", help="class (default), mean or dist")
+    _add_predict(parser)
     parser.add_argument("--fixed-batch", action="store_true", help="one image at a time")
-    parser.add_argument("--model", help="name of the timm model, for weights that do not say")
+    _add_model(parser)
     _add_options(parser)
 
 
@@ -109,6 +117,51 @@ def _positive(text: str) -> int:
     return value
 
 
+def names_a_file(text: str) -> bool:
+    """Whether this is a checkpoint rather than the name of a model."""
+    path = Path(text)
+    return path.suffix in _CHECKPOINTS or len(path.parts) > 1 or path.is_file()
+
+
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def _add_lowering(parser: argparse.ArgumentParser) -> None:
+    """What is lowered, how, and for what."""
+    parser.add_argument(
+        "source",
+        metavar="MODEL_OR_CHECKPOINT",
+        help="a timm model, package.module:factory, or a weights file",
+    )
+    _add_target(parser, default="onnxruntime", torch=True)
+    parser.add_argument(
+        "--passes",
+        metavar="A,B,C",
+        help="these, in this order (default: all); package.module:PASS is one of your own",
+    )
+    _add_predict(parser)
+    _add_model(parser)
+    _add_input_size(parser)
+    _add_options(parser)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--predict", default="class", metavar="HEAD", help="class (default), mean or dist")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="name of the timm model, for weights that do not say")
+
+
+def _add_input_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input-size",
+        type=_size,
+        metavar="C,H,W",
+        help="of one image, where the model does not say: 3,224,224",
+    )
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option",
@@ -119,12 +172,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_target(parser: argparse.ArgumentParser, default: str | None) -> None:
+def _add_target(parser: argparse.ArgumentParser, default: str | None, *, torch: bool = False) -> None:
     parser.add_argument(
         "--target",
         required=default is None,
         default=default,
         metavar="T",
-        help="onnxruntime, tensorrt, tensorrt-rtx, with GPUs: tensorrt-rtx:sm86,sm89"
+        help=("torch, " if torch else "")
+        + "onnxruntime, tensorrt, tensorrt-rtx, with GPUs: tensorrt-rtx:sm86,sm89"
         + (f" (default: {default})" if default else ""),
     )

@@ -7,10 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmkd_fx import __version__, arguments
-from vmkd_fx.errors import VmkdError
+from vmkd_fx.errors import RecipeError, VerificationError, VmkdError
 
 
 def main(line: Sequence[str] | None = None) -> int:
@@ -101,6 +101,78 @@ def _train(parsed: argparse.Namespace) -> None:
     print(f"accuracy {100 * result.accuracy:.2f} %{average} after {result.steps} steps: {result.weights}")
 
 
+def _lower(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+    from vmkd_fx.target import parse_target
+
+    parse_target(parsed.target)  # a wrong one is said before any work is done
+    require("timm", "train", "lowering a model")
+    from vmkd_fx.passes.explain import explain
+    from vmkd_fx.passes.named import named_passes
+    from vmkd_fx.passes.pipeline import lower
+
+    passes = named_passes(parsed.passes)
+    try:
+        lowered = lower(
+            _model(parsed),
+            parsed.target,
+            passes=passes,
+            predict=parsed.predict,
+            keep_going=parsed.keep_going,
+        )
+    except VerificationError as error:
+        raise VerificationError(str(error).replace("keep_going=True", "--keep-going")) from error
+    story = explain(lowered, parsed.explain) if parsed.explain else ""
+    ledger = lowered.ledger
+    if parsed.onnx:
+        from vmkd_fx.deploy.onnx_export import export
+
+        ledger = ledger.add(export(lowered, parsed.onnx))
+        if not (_is_checkpoint(parsed) or ":" in parsed.source or "pretrained" in str(parsed.option)):
+            print(
+                f"{parsed.onnx} holds fresh weights; --option pretrained=true loads timm's", file=sys.stderr
+            )
+    print(story or ledger.text(every=parsed.verbose))
+
+
+def _bisect(parsed: argparse.Namespace) -> None:
+    from vmkd_fx.extras import require
+    from vmkd_fx.target import parse_target
+
+    parse_target(parsed.target)
+    require("timm", "train", "bisecting a lowering")
+    from vmkd_fx.passes.bisect import bisect
+    from vmkd_fx.passes.named import named_passes
+
+    passes = named_passes(parsed.passes)
+    found = bisect(_model(parsed), parsed.target, passes, predict=parsed.predict)
+    print(found)
+    if found.bad:
+        raise VerificationError(f"the pass {found.bad.name} is wrong on {found.model}")
+
+
+def _model(parsed: argparse.Namespace) -> Any:
+    """The model of that name, or the student of that weights file."""
+    from vmkd_fx.distill.card import card_for, restore
+    from vmkd_fx.graph.trace import trace
+    from vmkd_fx.models.named import named_model
+
+    options = arguments.options(parsed.option)
+    if _is_checkpoint(parsed):
+        given = card_for(parsed.model, options) if parsed.model else None
+        if options and given is None:
+            raise RecipeError(
+                f"--option {parsed.option[0]} goes with --model NAME: {parsed.source} has its own"
+            )
+        model, _ = restore(parsed.source, given)
+        return trace(model, input_size=parsed.input_size)
+    return trace(named_model(parsed.source, options), input_size=parsed.input_size)
+
+
+def _is_checkpoint(parsed: argparse.Namespace) -> bool:
+    return bool(parsed.model) or arguments.names_a_file(parsed.source)
+
+
 def _deploy(parsed: argparse.Namespace) -> None:
     from vmkd_fx.extras import require
 
@@ -169,6 +241,20 @@ VERBS = (
         arguments.train,
     ),
     Verb(
+        "lower",
+        _lower,
+        "strip, merge and verify; print what each pass did",
+        "vmkd lower resnet18 --target tensorrt-rtx --explain layer1.0.bn1",
+        arguments.lower,
+    ),
+    Verb(
+        "bisect",
+        _bisect,
+        "find the first pass of a lowering that is wrong, its site and node",
+        "vmkd bisect resnet18 --passes constants,mycode:PASS",
+        arguments.bisect,
+    ),
+    Verb(
         "deploy",
         _deploy,
         "make a bundle of trained weights",
@@ -202,5 +288,6 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: {verb.example}",
         )
         made.set_defaults(run=verb.run)
+        made.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="say more")
         verb.takes(made)
     return parser
