@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint sweep papers bench clean
+.PHONY: demo test test-slow lint sweep papers bench bench-lower clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/vmkd demo --out demo-out
@@ -31,8 +31,13 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/lowering_cost.py
 	$(BIN)/python benchmarks/tracing_cost.py
 
+bench-lower: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lowering.py --out docs/lowering.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/riformer_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lowering_scaling.py
+
 clean:
-	rm -rf $(VENV) demo-out sweep-out papers-out
+	rm -rf $(VENV) demo-out sweep-out papers-out bench-out
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
