@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module, invalidate_caches
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -14,6 +10,7 @@ from torch import nn
 
 from vmkd_fx.errors import ModelError, RecipeError, UnknownNameError
 from vmkd_fx.models.registry import register
+from vmkd_fx.user_code import current_directory_importable, from_user_code
 
 
 def named_model(name: str, options: dict[str, Any]) -> nn.Module:
@@ -30,7 +27,7 @@ def named_model(name: str, options: dict[str, Any]) -> nn.Module:
         ModelError: the factory returned something else than a module.
     """
     if ":" in name:
-        with _current_directory_importable():
+        with current_directory_importable():
             return _from_factory(name, options)
     register()
     if not timm.is_model(name):
@@ -58,46 +55,10 @@ def _factory(name: str) -> Callable[..., Any]:
         raise RecipeError(
             f"{name!r} is no name of a model: give the name of a timm model, or package.module:factory"
         )
-    module = _imported(path, name)
-    if not hasattr(module, attribute):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UnknownNameError("factory", attribute, known, where=path)
-    factory = getattr(module, attribute)
+    factory = from_user_code(name, "factory")
     if not callable(factory):
         raise RecipeError(
             f"{name} is of type {type(factory).__name__} and cannot be called; name a function that returns "
             "the model"
         )
     return factory
-
-
-def _imported(path: str, name: str) -> Any:
-    invalidate_caches()
-    try:
-        return import_module(path)
-    except Exception as error:
-        # What the module itself imports in vain is an error in the module, not in its name.
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{path}.".startswith(f"{missing}."):
-            raise RecipeError(
-                f"{name}: there is no module {missing!r} in {Path.cwd()} or among the installed packages; "
-                "call from the folder that holds it, or install it"
-            ) from error
-        raise RecipeError(f"{name}: importing {path} failed: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """Put the current directory first in the search path, as `python -m` does and a console script does
-    not.
-    """
-    here = str(Path.cwd())
-    if here in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:  # the user's code may have changed the list
-            sys.path.remove(here)
