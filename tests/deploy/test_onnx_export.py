@@ -13,10 +13,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from tests.models import small
 from vmkd_fx import __version__
 from vmkd_fx.deploy import onnx_export
 from vmkd_fx.deploy.onnx_export import export, relative_error
 from vmkd_fx.errors import ExportError, OutputError
+from vmkd_fx.passes.pipeline import lower
 from vmkd_fx.steps import Step
 
 SIZE = (3, 4, 4)
@@ -201,3 +203,12 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OutputError, match="No space left"):
         export(Plain(), path, input_size=SIZE)
     assert path.read_bytes() == b"earlier" and [item.name for item in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
+    """Layer norms without weights, which PoolFormer's become, need a scale of ones in ONNX."""
+    export(lower(small("poolformer")), tmp_path / "m.onnx")
+    weights = [tensor.raw_data for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer]
+    large = [weight for weight in weights if len(weight) > 1024]
+    assert large
+    assert len(set(large)) == len(large)

@@ -164,6 +164,7 @@ def _run(model: torch.nn.Module, images: Array) -> Array:
 
 def _to_onnx(model: torch.nn.Module, example: Array, opset: int, dynamic_batch: bool) -> ModelProto:
     import torch
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
@@ -184,6 +185,7 @@ def _to_onnx(model: torch.nn.Module, example: Array, opset: int, dynamic_batch: 
             f"{type(model).__name__} cannot be written as ONNX: {_first_line(error.__cause__ or error)}"
         ) from error
     assert program is not None
+    DeduplicateInitializersPass(_LARGEST_FILE)(program.model)  # norms without weights each have ones
     proto = program.model_proto
     _forget_sources(proto)
     proto.producer_name, proto.producer_version = "vmkd-fx", __version__

@@ -62,7 +62,7 @@ class Rewrite:
         self._point: Node | None = None
         self._sizes = Sizes(module, module.info.need_input_size(), reference_tensor(module).dtype)
         self._written = {
-            node.args[0]
+            str(node.args[0].target)
             for node in self.graph.nodes
             if node.op == "call_function" and writes(node) and isinstance(node.args[0], Node)
         }
@@ -92,7 +92,7 @@ class Rewrite:
 
     def constant(self, node: Any) -> torch.Tensor | None:
         """The tensor of the model that a node reads; None for what is computed, or written while it runs."""
-        if not isinstance(node, Node) or node.op != "get_attr" or node in self._written:
+        if not isinstance(node, Node) or node.op != "get_attr" or str(node.target) in self._written:
             return None
         value = attribute(self.module, str(node.target))
         return value.detach() if isinstance(value, torch.Tensor) else None
