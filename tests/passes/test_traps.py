@@ -171,6 +171,15 @@ class BufferWrittenInForward(Net):
         return self.last(h * self.level)
 
 
+class BufferOutsideTheStateDict(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.rand(8, 1, 1), persistent=False)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.conv(x)) * self.level)
+
+
 class LeftConstants(Net):
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return 1 - self.conv(x) + 2 / (3 + self.last(self.bn(self.conv(x))) ** 2)

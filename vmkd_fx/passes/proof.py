@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vmkd_fx.errors import PassError, VerificationError, VmkdError
-from vmkd_fx.graph.in_double import name_double_
+from vmkd_fx.graph.in_double import floats, name_double_
 from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.verify import TOLERANCE, logits_of, probe_images, randomise_, relative_error, rounding_of
 from vmkd_fx.passes.evaluation import specialise_to_evaluation, tidied
@@ -54,8 +54,8 @@ class Proof:
         work, idle = specialise_to_evaluation(source)
         images = probe_images(source)
         twin, expected = deepcopy(work), randomise_(deepcopy(source))
-        random = expected.state_dict(keep_vars=True)
-        for name, tensor in twin.state_dict(keep_vars=True).items():
+        random = dict(floats(expected))
+        for name, tensor in floats(twin):
             if name in random:
                 tensor.data = random[name].detach().clone()
         before, logits = logits_of(expected, images), logits_of(twin, images)
