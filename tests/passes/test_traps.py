@@ -171,10 +171,12 @@ class BufferWrittenInForward(Net):
         return self.last(h * self.level)
 
 
-class BufferOutsideTheStateDict(Net):
+class PlainTensor(Net):
+    """Held by no state dict."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("level", torch.rand(8, 1, 1), persistent=False)
+        self.level = torch.rand(8, 1, 1, dtype=torch.float64)
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(torch.tanh(self.conv(x)) * self.level)
