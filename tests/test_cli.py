@@ -176,6 +176,16 @@ TINY = (
 )
 
 
+@pytest.mark.parametrize("passes", [(), ("--passes", "constants,circulant")])
+def test_lower_measures_on_this_machine(passes: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--option={given}" for given in ("img_size=32", "patch_size=8", "embed_dim=24", "depth=2")]
+    line = ["lower", "gfnet_ti", "--target", "torch", "--autotune", "--input-size", "3,32,32", *options]
+    assert main([*line, *passes]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"2 as [\w-]+.* ms\s+measured", printed)
+    assert "cost model" not in printed
+
+
 def test_lower_prints_the_ledger(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lower", "test_resnet", "--target", "torch", "--onnx", "m.onnx"]) == 0
     printed = capsys.readouterr()

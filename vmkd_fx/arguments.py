@@ -48,6 +48,11 @@ def lower(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-going", action="store_true", help="leave a site alone whose rewrite is wrong, and say so"
     )
+    parser.add_argument(
+        "--autotune",
+        action="store_true",
+        help="measure how circulant mixers run fastest on this machine (torch, onnxruntime)",
+    )
     parser.add_argument("--explain", metavar="NODE", help="what happened to this node or module, only that")
     parser.add_argument("--onnx", metavar="FILE", type=Path, help="write the result as ONNX, and check it")
 

@@ -111,7 +111,7 @@ def _lower(parsed: argparse.Namespace) -> None:
     from vmkd_fx.passes.named import named_passes
     from vmkd_fx.passes.pipeline import lower
 
-    passes = named_passes(parsed.passes)
+    passes = named_passes(parsed.passes, parsed.autotune)
     try:
         lowered = lower(
             _model(parsed),

@@ -8,7 +8,7 @@ from vmkd_fx.passes.rewrite import LoweringPass
 from vmkd_fx.user_code import from_user_code
 
 
-def named_passes(names: str | None) -> tuple[LoweringPass, ...]:
+def named_passes(names: str | None, autotune: bool = False) -> tuple[LoweringPass, ...]:
     """The passes of names separated by commas, in that order; all of `LOWERING` for None.
 
     Raises:
@@ -17,9 +17,9 @@ def named_passes(names: str | None) -> tuple[LoweringPass, ...]:
         PassError: what a module holds is no pass; one is named twice, or before one that it has to follow.
     """
     if names is None:
-        return chosen_passes(None)
+        return chosen_passes(None, autotune)
     given = filter(None, (name.strip() for name in names.split(",")))
-    return chosen_passes([_own(name) if ":" in name else name for name in given])
+    return chosen_passes([_own(name) if ":" in name else name for name in given], autotune)
 
 
 def _own(name: str) -> LoweringPass:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from vmkd_fx.passes.fold.affine import long_axes
-from vmkd_fx.passes.fold.holders import Holder, holder_of, rewritten
+from vmkd_fx.passes.fold.holders import Holder, rewritten
 from vmkd_fx.passes.fold.moves import Pair
 from vmkd_fx.passes.rewrite import Rewrite
 
@@ -107,6 +107,3 @@ def _along(tensor: torch.Tensor, axes: tuple[int, ...], shape: list[int]) -> tor
     if tensor.ndim == 0:
         return tensor.expand(shape)
     return tensor.reshape([tensor.shape[axis] for axis in axes]).expand(shape)
-
-
-__all__ = ["absorb_before", "absorb_behind", "holder_of", "refusal_before", "refusal_behind"]

@@ -28,13 +28,13 @@ RESHAPES = (
 )
 PERMUTES = (aten.permute, aten.transpose)
 _AVERAGES = (aten.adaptive_avg_pool2d, aten.adaptive_avg_pool1d, aten.avg_pool2d, aten.avg_pool1d)
-_RESIZES = (aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.pixel_shuffle)
+_RESIZES = (aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d)
 _ROLLS = (aten.roll, aten.flip)
 
 
 def moves(node: Any) -> bool:
     """Whether some affines pass through `node`."""
-    return is_call(node, *RESHAPES, *PERMUTES, *_AVERAGES, *_RESIZES[:3], *_ROLLS, aten.mean, aten.pad)
+    return is_call(node, *RESHAPES, *PERMUTES, *_AVERAGES, *_RESIZES, *_ROLLS, aten.mean, aten.pad)
 
 
 def backward(rewrite: Rewrite, node: Node, pair: Pair) -> Pair | None:
