@@ -23,9 +23,13 @@ _DOUBLE = {
 }
 
 
-def floats(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers that hold real numbers, by name."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
+def floats(module: torch.nn.Module, *, every_name: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that hold real numbers, by name: the first of a shared one, or every one."""
+    once = not every_name
+    tensors = [
+        *module.named_parameters(remove_duplicate=once),
+        *module.named_buffers(remove_duplicate=once),
+    ]
     return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
 
 

@@ -112,7 +112,7 @@ def _lowered(
     them.
     """
     dtype, name = reference_tensor(source).dtype, source.info.name
-    precisions = {path: tensor.dtype for path, tensor in floats(source)}
+    precisions = {path: tensor.dtype for path, tensor in floats(source, every_name=True)}
     source = source.double()
     proof, idle = Proof.of(source)
     detail = f"ATen operators; {idle} nodes handed their input on"

@@ -69,6 +69,8 @@ def _factor(rewrite: Rewrite, node: Node) -> tuple[Node, torch.Tensor] | None:
         value: Any = other if isinstance(other, (int, float)) else rewrite.constant(other)
         if value is None or not isinstance(source, Node) or rewrite.constant(source) is not None:
             continue
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            return None
         factor = torch.as_tensor(value, dtype=torch.float64)
         if factor.numel() == 1:
             factor = factor.reshape(())
