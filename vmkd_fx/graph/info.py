@@ -11,6 +11,7 @@ from timm.models._input import get_model_input_config
 from torch import nn
 
 from vmkd_fx.errors import ModelError
+from vmkd_fx.frames import Frames
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,10 +26,11 @@ class ModelInfo:
         num_classes: length of the logits; None if the model does not say.
         input_size: (C, H, W) of one image; None if the model does not say.
         mean, std: normalisation the model was made for, one value a channel.
-        interpolation, crop_pct: of its evaluation transform, in timm's terms.
+        interpolation, crop_pct, crop_mode: of its evaluation transform, in timm's terms.
         num_prefix_tokens: class, distillation and register tokens before the patches.
         fixed_input_size: whether other image sizes are refused by the model.
         options: keyword arguments that timm made it with, as far as timm remembers them.
+        frames: what a lowered graph takes instead of normalised images; None for those.
     """
 
     name: str
@@ -38,9 +40,11 @@ class ModelInfo:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"
     num_prefix_tokens: int = 0
     fixed_input_size: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    frames: Frames | None = None
 
     def need_input_size(self) -> tuple[int, int, int]:
         """The input size, or an error that says how to give it."""
@@ -68,6 +72,7 @@ def model_info(model: nn.Module, input_size: tuple[int, int, int] | None = None)
         std=_for_each_channel(config.get("std", IMAGENET_STD), size),
         interpolation=config.get("interpolation") or "bicubic",
         crop_pct=config.get("crop_pct") or 0.875,
+        crop_mode=config.get("crop_mode") or "center",
         num_prefix_tokens=getattr(model, "num_prefix_tokens", 0) or 0,
         fixed_input_size=bool(config.get("fixed_input_size", False)),
         options=get_model_args(model),

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.rules import Sized
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.graph.values import NodeValues, evaluating, reference_tensor
+from vmkd_fx.graph.values import NodeValues, evaluating, image_form, reference_tensor
 
 Shape = tuple[int, ...]
 
@@ -85,10 +85,11 @@ def _norm_operations(x: Shape, *_: Any, **__: Any) -> int:
 
 
 def _on_fake_images(run: Callable[[torch.Tensor], Any], module: nn.Module, size: Shape, batch: int) -> None:
-    reference = reference_tensor(module)
+    shape, dtype = image_form(module, size)
+    device = reference_tensor(module).device
     try:
         with evaluating(module), FakeTensorMode(allow_non_fake_inputs=True):
-            run(torch.empty(batch, *size, dtype=reference.dtype, device=reference.device))
+            run(torch.empty(batch, *shape, dtype=dtype, device=device))
     except Exception as error:
         raise _do_not_pass(size, error) from error
 

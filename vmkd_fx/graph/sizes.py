@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from vmkd_fx.graph.rules import Sized, sized
 from vmkd_fx.graph.shapes import counting
-from vmkd_fx.graph.values import attribute
+from vmkd_fx.graph.values import attribute, image_form
 
 BATCHES = (2, 3)
 
@@ -29,15 +29,13 @@ class Sizes:
     """What the nodes under `root` hold for images of one size.
 
     Args:
-        root: holds the tensors that `get_attr` nodes name.
+        root: holds the tensors that `get_attr` nodes name, and says what its images are.
         size: (C, H, W) of an image.
-        dtype: of the images.
     """
 
-    def __init__(self, root: nn.Module, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, root: nn.Module, size: tuple[int, ...]) -> None:
         self._root = root
-        self._size = size
-        self._dtype = dtype
+        self._shape, self._dtype = image_form(root, size)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._found: dict[str, Any] = {}
         self._worked: dict[str, int] = {}
@@ -95,7 +93,7 @@ class Sizes:
 
     def _evaluated(self, node: Node, index: int) -> Any:
         if node.op == "placeholder":
-            return Sized(torch.Size((BATCHES[index], *self._size)), self._dtype, torch.device("cpu"))
+            return Sized(torch.Size((BATCHES[index], *self._shape)), self._dtype, torch.device("cpu"))
         if node.op == "get_attr":
             return tree_map_only(torch.Tensor, sized, attribute(self._root, str(node.target)))
         key, args, kwargs = self._call(node, index)

@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
+from vmkd_fx.frames import Frames
 from vmkd_fx.graph.rules import Sized, function_rule, method_rule, module_rule, sized
 
 _SCOPES = (_enter_autocast, _exit_autocast)
@@ -34,7 +35,7 @@ class NodeValues:
 
     Args:
         root: the module whose parameters and submodules the nodes name.
-        size: (B, C, H, W) of the images.
+        size: (B, C, H, W) of the images, also where the module takes frames in another layout.
         constants: tensors that nodes name and `root` does not hold, by path.
         rules: whether to find the shapes of common operations by formula; torch finds the same, later.
     """
@@ -54,7 +55,8 @@ class NodeValues:
         self._size = size
         self._constants = {} if constants is None else constants
         self._rules = rules
-        self._dtype, self._device = reference.dtype, reference.device
+        self._device = reference.device
+        self._shape, self._dtype = image_form(root, size[1:])
         self._mode: Any = (
             contextlib.nullcontext()
             if reference.device.type == "meta"
@@ -83,7 +85,7 @@ class NodeValues:
         if node.op == "placeholder":
             if node.prev.op == "placeholder":
                 raise ValueError(f"only images have a known size, and {node.name!r} is another input")
-            return Sized(torch.Size(self._size), self._dtype, self._device)
+            return Sized(torch.Size((self._size[0], *self._shape)), self._dtype, self._device)
         if node.op == "get_attr":
             return self._keep(node, self._attribute(str(node.target)))
         if node.target in _SCOPES:
@@ -157,6 +159,14 @@ def _empty(x: Sized) -> torch.Tensor:
 def reference_tensor(module: nn.Module) -> torch.Tensor:
     """A tensor of the dtype and on the device that the module's images have: its first real parameter."""
     return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def image_form(module: nn.Module, size: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape, without the batch, and dtype of what `module` takes for images of size (C, H, W)."""
+    frames = getattr(getattr(module, "info", None), "frames", None)
+    if isinstance(frames, Frames):
+        return frames.shape(size), torch.uint8
+    return size, reference_tensor(module).dtype
 
 
 @contextlib.contextmanager
