@@ -69,10 +69,11 @@ def test_an_engine_for_a_gpu_that_is_not_here(
 def test_a_bundle_takes_its_engine_in(bundle_path: Path) -> None:
     step = build(bundle_path, target="tensorrt-rtx", progress=False)
     bundle = read_bundle(bundle_path)
-    ((path, info),) = bundle.engines.items()
-    assert path.name == "model.tensorrt-rtx-sm86-sm89-sm120.engine"
-    assert (info.target, info.profile) == (Target("tensorrt-rtx", AHEAD_OF_TIME), Profile(1, 8, 32))
+    ((name, info),) = bundle.engines.items()
+    assert name == "model.tensorrt-rtx-sm86-sm89-sm120.engine"
+    assert (info.target, info.profiles) == (Target("tensorrt-rtx", AHEAD_OF_TIME), (Profile(1, 8, 32),))
     assert bundle.manifest.ledger.steps[-1] == step
+    build(bundle_path, target="tensorrt-rtx", progress=False)
     build(bundle_path, target="tensorrt-rtx", progress=False)
     assert read_bundle(bundle_path) == bundle
 
@@ -87,7 +88,9 @@ def test_turing_takes_half_and_nothing_else(
 ) -> None:
     step = build(in_half, tmp_path / "half.engine", target="tensorrt-rtx:sm75", progress=False)
     assert "layers of FLOAT, HALF" in step.detail
-    with pytest.raises(BuildError, match=r"sm75 takes matrix products in half .*the first is 'node_\w+'"):
+    with pytest.raises(
+        BuildError, match=r"at node_\w+ \(MatMul, blocks.* sm75 takes matrix products in half"
+    ):
         build(exported[0], tmp_path / "m.engine", target="tensorrt-rtx:sm75,sm86", progress=False)
     assert [item.name for item in tmp_path.iterdir()] == ["half.engine"]
 
@@ -95,9 +98,10 @@ def test_turing_takes_half_and_nothing_else(
 def test_the_builder_itself_refuses_float32_for_turing(exported: tuple[Path, Step]) -> None:
     """Why the check before the build exists, and that a builder's complaint names the node."""
     network = Network("tensorrt-rtx", exported[0])
-    with pytest.raises(BuildError, match=r"cannot build the network: node 'node_\w+': .*FP32 GEMM") as caught:
+    with pytest.raises(
+        BuildError, match=r"cannot build the network: node 'node_\w+' \(MatMul\) of blocks\.0\..* in float32"
+    ):
         network.build(Profile(), (75,), progress=False)
-    assert ".cpp:" not in str(caught.value).partition("check_turing")[2]
 
 
 def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
@@ -107,7 +111,7 @@ def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     )
     model.graph.node[1].name = "the_transform"
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(BuildError, match=r"cannot read .*m\.onnx: node 'the_transform' \(DFT\)"):
+    with pytest.raises(BuildError, match=r"at the_transform \(DFT\): .*operator is not there"):
         build(tmp_path / "m.onnx", target="tensorrt-rtx:sm86", progress=False)
 
 
@@ -127,7 +131,7 @@ def test_what_cannot_be_built(exported: tuple[Path, Step], bundle_path: Path, tm
     with pytest.raises(BuildError, match="is a bundle and keeps its own engines"):
         build(bundle_path, tmp_path / "m.engine", target="tensorrt-rtx")
     (tmp_path / "text.onnx").write_text("no graph")
-    with pytest.raises(BuildError, match="Failed to parse the ONNX model"):
+    with pytest.raises(BuildError, match=r"text\.onnx is no ONNX model"):
         build(tmp_path / "text.onnx", target="tensorrt-rtx", progress=False)
     (bundle_path / "model.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match="0 bytes"):
@@ -160,11 +164,12 @@ def test_a_missing_tensorrt_rtx_names_its_extra(exported: tuple[Path, Step]) -> 
     assert "vmkd-fx[rtx]" in found.stdout
 
 
-def test_progress_is_one_line_where_there_is_no_terminal(
+def test_progress_is_plain_lines_where_there_is_no_terminal(
     exported: tuple[Path, Step], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     build(exported[0], tmp_path / "m.engine", target="tensorrt-rtx:sm86")
-    assert capfd.readouterr() == ("", "building for TensorRT-RTX ...\n")
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("building for TensorRT-RTX: 0/6, 0 s, started\n")
 
 
 def test_progress_is_a_bar_on_a_terminal(exported: tuple[Path, Step], tmp_path: Path) -> None:
