@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from vmkd_fx import files
 from vmkd_fx.errors import OutputError
-from vmkd_fx.files import make_folder, sha256, write_text, writing
+from vmkd_fx.files import appearing, drafting, make_folder, sha256, write_text, writing
 
 
 def test_a_file_appears_under_its_name_with_the_usual_rights(tmp_path: Path) -> None:
@@ -64,3 +67,52 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="it is there and is no regular file"):
             write_text(tmp_path / name, "x")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_takes_the_place_of_another(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for text in ("one", "two"):
+        with appearing(tmp_path / "folder") as folder:
+            (folder / text).touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["two"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems exchange folders in two steps")
+def test_nobody_ever_finds_no_folder(tmp_path: Path) -> None:
+    target, stop, missing = tmp_path / "folder", threading.Event(), []
+    target.mkdir()
+
+    def watch() -> None:
+        while not stop.is_set():
+            if not target.is_dir():
+                missing.append(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(200):
+        with appearing(target):
+            pass
+    stop.set()
+    watcher.join()
+    assert not missing
+
+
+def test_files_that_belong_together_appear_together(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "graph"
+    with drafting(target) as folder:
+        (folder / "graph").write_text("graph")
+        (folder / "graph.data").write_text("weights")
+        assert not target.exists()
+    assert sorted(path.name for path in target.parent.iterdir()) == ["graph", "graph.data"]
+    with pytest.raises(ZeroDivisionError), drafting(target) as folder:
+        (folder / "graph").write_text("half")
+        _ = 1 / 0
+    assert target.read_text() == "graph"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["graph", "graph.data"]
+    with pytest.raises(OutputError, match="it is there and is no regular file"), drafting(tmp_path / "new"):
+        pass

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
-from vmkd_fx.deploy.bundle import write_bundle
+from vmkd_fx.deploy.bundle_write import write_bundle
 from vmkd_fx.deploy.onnx_export import export
 from vmkd_fx.deploy.preprocess import Preprocess
 from vmkd_fx.steps import Ledger, Step

@@ -1,258 +1,316 @@
+"""Writing and reading bundles, in both forms."""
+
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
+import tarfile
+import threading
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.deploy.conftest import LABELS
-from vmkd_fx.deploy.bundle import add_engine, read_bundle, write_bundle
-from vmkd_fx.deploy.manifest import LARGEST_MANIFEST, EngineInfo
-from vmkd_fx.deploy.preprocess import Preprocess
-from vmkd_fx.errors import BundleError, OutputError
+from tests.deploy.tiny import ENGINE, FORMS, INFO, LABELS, LEDGER, PREPROCESS, STEP, tiny_bundle
+from vmkd_fx import files
+from vmkd_fx.deploy.bundle import is_bundle, open_bundle, read_bundle
+from vmkd_fx.deploy.bundle_write import add_engine, record_verified, write_bundle
+from vmkd_fx.deploy.manifest import Comparison, EngineInfo, Hazard, Verified
+from vmkd_fx.deploy.runtime import load
+from vmkd_fx.errors import BundleError, DataError, OutputError
+from vmkd_fx.frames import Frames
 from vmkd_fx.steps import Ledger, Step
 from vmkd_fx.target import Profile, Target
 
-INFO = EngineInfo(Target("tensorrt-rtx", (86, 89)), Profile(1, 2, 4), "TensorRT-RTX 1.7.1.116")
-STEP = Step("engine", f"{INFO.target}; first", checked="built, not run")
-ENGINE = "model.tensorrt-rtx-sm86-sm89.engine"
+OTHER = EngineInfo(Target("tensorrt-rtx", (86,)), INFO.profiles, INFO.built_with)
+
+
+@pytest.fixture(params=FORMS)
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A bundle with an engine that the test may spoil, as a folder and as one file."""
+    return tiny_bundle(tmp_path / request.param)
 
 
 @pytest.fixture
-def with_engine(bundle_path: Path) -> Path:
-    add_engine(read_bundle(bundle_path), b"an engine", INFO, STEP)
-    return bundle_path
+def folder(tmp_path: Path) -> Path:
+    return tiny_bundle(tmp_path / "bundle")
 
 
-def write_again(path: Path, source: Path, preprocess: Preprocess) -> Path:
+def write_again(path: Path, source: Path) -> Path:
     onnx = source / "model.onnx"
-    return write_bundle(path, onnx=onnx, preprocess=preprocess, labels=(), ledger=Ledger(), name="again")
+    return write_bundle(path, onnx=onnx, preprocess=PREPROCESS, labels=(), ledger=Ledger(), name="again")
 
 
 def names(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir())
 
 
-def edit_manifest(bundle: Path, change: Any) -> None:
-    data = json.loads((bundle / "manifest.json").read_text())
-    change(data)
-    (bundle / "manifest.json").write_text(json.dumps(data))
-
-
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_round_trip(with_engine: Path, preprocess: Preprocess, exported: tuple[Path, Step]) -> None:
-    bundle = read_bundle(with_engine)
-    assert names(with_engine) == ["manifest.json", "model.onnx", ENGINE]
-    assert bundle.onnx.read_bytes() == exported[0].read_bytes()
-    assert bundle.engines == {with_engine / ENGINE: INFO}
-    manifest = bundle.manifest
-    assert (manifest.name, manifest.labels, manifest.preprocess) == ("mixer", LABELS, preprocess)
-    assert manifest.ledger == Ledger((exported[1], STEP), {"class": 0.5})
+def test_round_trip(bundle: Path) -> None:
+    found = read_bundle(bundle)
+    assert sorted(found.places) == ["model.onnx", ENGINE]
+    assert found.packed == (bundle.suffix == ".vmkd")
+    assert found.read(ENGINE) == b"an engine" and found.engines == {ENGINE: INFO}
+    manifest = found.manifest
+    assert (manifest.name, manifest.labels, manifest.preprocess) == ("tiny", LABELS, PREPROCESS)
+    assert manifest.ledger == Ledger((*LEDGER.steps, STEP), {"class": 0.5})
     assert "vmkd-fx" in manifest.created_with and "torch" in manifest.created_with
+    with pytest.raises(BundleError, match=r"holds no other\.engine; it holds model\.onnx"):
+        found.read("other.engine")
 
 
-def test_same_contents_same_manifest(bundle_path: Path, preprocess: Preprocess, tmp_path: Path) -> None:
-    one, two = (write_again(tmp_path / name, bundle_path, preprocess) for name in ("one", "two"))
-    assert (one / "manifest.json").read_bytes() == (two / "manifest.json").read_bytes()
+def test_both_forms_compute_the_same(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((5, 3, 2, 2), dtype=np.float32)
+    one, two = (load(tiny_bundle(tmp_path / form), device="cpu") for form in FORMS)
+    np.testing.assert_array_equal(one(images), two(images))
 
 
-def test_engines_given_at_once(bundle_path: Path, preprocess: Preprocess, tmp_path: Path) -> None:
-    (tmp_path / "e").write_bytes(b"an engine")
+def test_a_packed_bundle_is_a_tar_archive_of_the_folder(tmp_path: Path) -> None:
+    folder, packed = (tiny_bundle(tmp_path / form) for form in FORMS)
+    with tarfile.open(packed, "r:") as archive:
+        assert archive.getnames()[0] == "manifest.json"
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    assert names(tmp_path / "unpacked") == names(folder)
+    for name in names(folder):
+        assert (tmp_path / "unpacked" / name).read_bytes() == (folder / name).read_bytes()
+    assert read_bundle(tmp_path / "unpacked").manifest == read_bundle(packed).manifest
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_contents_same_bytes(form: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    one, two = (tiny_bundle(path / form) for path in (tmp_path, tmp_path / "a"))
+    both = [(one, two)] if one.is_file() else [(one / name, two / name) for name in names(one)]
+    assert all(first.read_bytes() == second.read_bytes() for first, second in both)
+
+
+def test_what_the_manifest_has_room_for(tmp_path: Path, folder: Path) -> None:
+    frames = Frames("nchw", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    hazard = Hazard("name", "TensorRT", "10.16", "is wrong", "an issue", ("node_1",), "rewritten")
     path = write_bundle(
-        tmp_path / "new",
-        onnx=bundle_path / "model.onnx",
-        preprocess=preprocess,
+        tmp_path / "new.vmkd",
+        onnx=folder / "model.onnx",
+        preprocess=PREPROCESS,
         labels=LABELS,
-        ledger=Ledger(),
-        name="mixer",
-        engines=[(tmp_path / "e", INFO)],
+        ledger=LEDGER,
+        name="tiny",
+        engines=[
+            (folder / ENGINE, EngineInfo(INFO.target, (Profile(1, 1, 1), Profile(2, 8, 16)), "T", {"a": "b"}))
+        ],
+        precision="fp16",
+        frames=frames,
+        hazards=[hazard],
     )
-    assert read_bundle(path).engines == {path / ENGINE: INFO}
+    manifest = read_bundle(path).manifest
+    assert (manifest.precision, manifest.frames, manifest.hazards) == ("fp16", frames, (hazard,))
+    (info,) = read_bundle(path).engines.values()
+    assert info.profiles == (Profile(1, 1, 1), Profile(2, 8, 16)) and info.options == {"a": "b"}
 
 
-def test_an_engine_for_the_same_target_is_replaced(with_engine: Path) -> None:
-    again = Step("engine", f"{INFO.target}; second")
-    other = EngineInfo(Target("tensorrt-rtx", (86,)), INFO.profile, INFO.built_with)
-    add_engine(read_bundle(with_engine), b"other", other, Step("engine", f"{other.target}; other"))
-    add_engine(read_bundle(with_engine), b"another engine", INFO, again)
-    bundle = read_bundle(with_engine)
-    assert len(bundle.engines) == 2
-    assert (with_engine / ENGINE).read_bytes() == b"another engine"
-    details = [step.detail for step in bundle.manifest.ledger.steps if step.name == "engine"]
-    assert details == [f"{other.target}; other", f"{INFO.target}; second"]
+def test_the_sign_of_a_verification(bundle: Path) -> None:
+    found = read_bundle(bundle)
+    assert found.manifest.verified is None and not found.manifest.covered
+    hashes = {name: entry.sha256 for name, entry in found.manifest.files.items()}
+    verified = Verified(hashes, (Comparison("torch", "model.onnx", 8, 1e-6, 1e-5, 1.0),), {"torch": "2.15"})
+    assert record_verified(found, verified).manifest.verified == verified
+    assert read_bundle(bundle).manifest.covered
+    add_engine(read_bundle(bundle), b"another", OTHER, STEP)
+    assert read_bundle(bundle).manifest.verified == verified
+    assert not read_bundle(bundle).manifest.covered, "the new engine was not compared with anything"
+
+
+def test_an_engine_for_the_same_target_is_replaced(bundle: Path) -> None:
+    add_engine(read_bundle(bundle), b"other", OTHER, Step("engine", f"{OTHER.target}; other"))
+    for contents in (b"second", b"third"):
+        again = Step("engine", f"{INFO.target}; {contents.decode()}")
+        found = add_engine(read_bundle(bundle), contents, INFO, again)
+        assert read_bundle(bundle) == found and len(found.engines) == 2
+        (name,) = (name for name, info in found.engines.items() if info == INFO)
+        assert found.read(name) == contents
+        details = [step.detail for step in found.manifest.ledger.steps if step.name == "engine"]
+        assert details == [f"{OTHER.target}; other", again.detail]
+    if bundle.is_dir():
+        assert len(names(bundle)) == 4
+
+
+def test_engines_that_come_in_at_the_same_time(bundle: Path) -> None:
+    """Both were built from the bundle as it was before either."""
+    found = read_bundle(bundle)
+    infos = [
+        EngineInfo(Target("tensorrt-rtx", (sm,)), INFO.profiles, INFO.built_with) for sm in (80, 86, 89, 120)
+    ]
+    threads = [threading.Thread(target=add_engine, args=(found, b"e", info, STEP)) for info in infos]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_bundle(bundle).engines) == 5
+
+
+def test_an_engine_for_another_graph_is_refused(folder: Path) -> None:
+    before = read_bundle(folder)
+    (folder.parent / "other").mkdir()
+    shutil.copy(folder / "model.onnx", folder.parent / "other" / "model.onnx")
+    with (folder.parent / "other" / "model.onnx").open("ab") as file:
+        file.write(b"\x12\x01x")  # the name of a producer
+    write_again(folder, folder.parent / "other")
+    with pytest.raises(BundleError, match="replaced by a bundle with another graph"):
+        add_engine(before, b"e", INFO, STEP)
 
 
 def test_a_bundle_stays_whole_when_an_engine_cannot_be_written(
-    with_engine: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = read_bundle(with_engine)
+    before = read_bundle(bundle)
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
         patch.setattr(os, "fsync", full_disk)
-        add_engine(bundle, b"another engine", INFO, STEP)
-    assert read_bundle(with_engine) == bundle
-    assert len(names(with_engine)) == 3
+        add_engine(before, b"another engine", INFO, STEP)
+    assert read_bundle(bundle) == before
+    assert names(bundle.parent) == [bundle.name]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", ENGINE])
-def test_a_flipped_byte_is_named_with_both_hashes(with_engine: Path, name: str) -> None:
-    data = bytearray((with_engine / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (with_engine / name).write_bytes(data)
-    recorded = json.loads((with_engine / "manifest.json").read_text())["files"][name]["sha256"]
-    with pytest.raises(BundleError, match=rf"{name} was changed: its SHA-256 is \w{{12}}….*{recorded[:12]}"):
-        read_bundle(with_engine)
+def test_what_a_killed_writer_left_goes_with_the_next_change(folder: Path) -> None:
+    """It neither stands in the way of a new bundle nor of a new engine."""
+    left = [".manifest.json.abc.tmp", ".model.again.x.engine.abc.tmp", "model.again.tensorrt-rtx-sm80.engine"]
+    for name in left:
+        (folder / name).write_text("half of it")
+    assert read_bundle(folder).engines == {ENGINE: INFO}
+    add_engine(read_bundle(folder), b"other", OTHER, STEP)
+    assert not {*left} & {*names(folder)} and len(read_bundle(folder).engines) == 2
+    (folder / left[0]).write_text("half of it")
+    write_again(folder, folder)
+    assert names(folder) == ["manifest.json", "model.onnx"]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", ENGINE])
-def test_missing_longer_and_linked_files(with_engine: Path, name: str) -> None:
-    path = with_engine / name
-    size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(BundleError, match=f"has {size + 1:,} bytes, the manifest says {size:,}"):
-        read_bundle(with_engine)
-    elsewhere = with_engine.parent / "elsewhere"
-    shutil.move(path, elsewhere)
-    with pytest.raises(BundleError, match=f"{name} is missing"):
-        read_bundle(with_engine)
-    path.symlink_to(elsewhere)
-    with pytest.raises(BundleError, match=f"{name} is a link"):
-        read_bundle(with_engine)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["/etc/passwd", "../model.onnx", "a/b", "a\\b", "..", "", ".hidden", "manifest.json", "a\x00b", "a\n"],
-)
-def test_names_that_lead_elsewhere(bundle_path: Path, name: str) -> None:
-    edit_manifest(bundle_path, lambda data: data["files"].update({name: data["files"]["model.onnx"]}))
-    with pytest.raises(BundleError, match="is not a plain file name"):
-        read_bundle(bundle_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda data: data.update(format=2), "format 2 .* reads format 1"),
-        (lambda data: data.pop("labels"), "'labels' is missing"),
-        (lambda data: data.update(labels=["a", 1]), "'labels' must be a list of str"),
-        (lambda data: data.update(name=None), "'name' must be str"),
-        (lambda data: data.update(files={}), r"holds no model\.onnx"),
-        (lambda data: data["files"]["model.onnx"].update(bytes=True), "'bytes' must be int"),
-        (lambda data: data["files"]["model.onnx"].update(bytes=-1), "'bytes' or 'sha256'"),
-        (lambda data: data["files"]["model.onnx"].update(sha256="0" * 63), "'bytes' or 'sha256'"),
-        (lambda data: data["files"]["model.onnx"].update(kind="pickle"), "neither 'onnx' nor 'engine'"),
-        (lambda data: data["files"][ENGINE].update(runtime="tvm"), "not one of tensorrt"),
-        (lambda data: data["files"][ENGINE].update(profile=[4, 2, 1]), "optimisation profile"),
-        (lambda data: data["files"][ENGINE].update(sm=[]), "'sm' must hold"),
-        (lambda data: data["preprocess"].update(crop_pct=-1), "crop_pct"),
-        (lambda data: data["ledger"].pop("accuracy"), "'ledger' cannot be read"),
-        (lambda data: data["ledger"]["steps"][0].update(surprise=1), "'ledger' cannot be read"),
-        (lambda data: data["ledger"]["steps"][0].update(error="small"), "wrong type"),
-    ],
-)
-def test_a_manifest_that_says_what_it_may_not(with_engine: Path, change: Any, reason: str) -> None:
-    edit_manifest(with_engine, change)
-    with pytest.raises(BundleError, match=reason):
-        read_bundle(with_engine)
-
-
-@pytest.mark.parametrize(
-    "text", ["", '{"format": 1, "na', "[" * 100_000, '{"format": NaN}', "\udce9", "[]", "1"]
-)
-def test_a_manifest_that_is_no_json_object(bundle_path: Path, text: str) -> None:
-    (bundle_path / "manifest.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(BundleError, match=r"manifest\.json"):
-        read_bundle(bundle_path)
-
-
-def test_a_huge_manifest_is_refused_unread(bundle_path: Path) -> None:
-    with (bundle_path / "manifest.json").open("ab") as file:
-        file.truncate(100 * 2**20)
-    with pytest.raises(BundleError, match=f"larger than the {LARGEST_MANIFEST:,} bytes"):
-        read_bundle(bundle_path)
-
-
-def test_a_linked_manifest_is_refused(bundle_path: Path) -> None:
-    manifest = bundle_path / "manifest.json"
-    manifest.rename(bundle_path.parent / "elsewhere.json")
-    manifest.symlink_to(bundle_path.parent / "elsewhere.json")
-    with pytest.raises(BundleError, match="is not a bundle"):
-        read_bundle(bundle_path)
+def test_a_label_that_nobody_could_read_back_is_refused(folder: Path, tmp_path: Path) -> None:
+    for label, reason in (
+        ("red \x1b[31m", r"labels\[0\] holds a character"),
+        ("\udce9", "surrogates not allowed"),
+    ):
+        with pytest.raises(BundleError, match=reason):
+            write_bundle(
+                tmp_path / "new",
+                onnx=folder / "model.onnx",
+                preprocess=PREPROCESS,
+                labels=[label],
+                ledger=Ledger(),
+                name="x",
+            )
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(BundleError, match=r"is not a bundle: it holds no file manifest\.json"):
             read_bundle(path)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(BundleError, match=r"is not a bundle: it does not begin with manifest\.json"):
+        read_bundle(tmp_path / "text")
+    assert not is_bundle(tmp_path / "text") and not is_bundle(tmp_path / "nowhere") and is_bundle(tmp_path)
 
 
-def test_an_earlier_bundle_is_replaced(with_engine: Path, preprocess: Preprocess) -> None:
-    """Even when the new one is made from the file of the old one."""
-    write_again(with_engine, with_engine, preprocess)
-    assert read_bundle(with_engine).manifest.name == "again"
-    assert names(with_engine) == ["manifest.json", "model.onnx"]
-    assert names(with_engine.parent) == ["bundle"]
+def test_a_packed_bundle_has_any_name_once_it_is_there(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "bundle.vmkd").rename(tmp_path / "anything")
+    (tmp_path / "link").symlink_to(path)
+    assert is_bundle(path) and read_bundle(tmp_path / "link").path == path
 
 
-def test_what_is_not_a_bundle_is_not_replaced(
-    bundle_path: Path, preprocess: Preprocess, tmp_path: Path
-) -> None:
+def test_an_earlier_bundle_is_replaced(bundle: Path, tmp_path: Path) -> None:
+    source = tiny_bundle(tmp_path / "source")
+    write_again(bundle, source)
+    assert read_bundle(bundle).manifest.name == "again" and not read_bundle(bundle).engines
+    assert names(tmp_path) == sorted([bundle.name, "source"])
+
+
+def test_a_bundle_is_replaced_by_one_of_its_own_file(folder: Path) -> None:
+    write_again(folder, folder)
+    assert read_bundle(folder).manifest.name == "again"
+    assert names(folder) == ["manifest.json", "model.onnx"] and names(folder.parent) == ["bundle"]
+
+
+def test_what_is_not_a_bundle_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "text.vmkd").write_text("my thesis")
+    (tmp_path / "folder.vmkd").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("")
-    for name, reason in (("file", "it is a file"), ("folder", "is not a bundle"), ("file/b", "cannot write")):
+    for name, reason in (
+        ("file", "it is a file, and that name asks for a folder"),
+        ("folder.vmkd", "it is a folder, and that name asks for one file"),
+        ("folder", "is not a bundle"),
+        ("text.vmkd", "is not a bundle"),
+        ("file/b", "cannot write"),
+        ("file/b.vmkd", "cannot write"),
+    ):
         with pytest.raises(OutputError, match=reason):
-            write_again(tmp_path / name, bundle_path, preprocess)
-    (bundle_path / "notes.txt").write_text("")
+            write_again(tmp_path / name, folder)
+    (folder / "notes.txt").write_text("")
     with pytest.raises(OutputError, match=r"also holds notes\.txt"):
-        write_again(bundle_path, bundle_path, preprocess)
-    assert names(tmp_path) == ["bundle", "file", "folder"]
+        write_again(folder, folder)
+    assert names(tmp_path) == ["bundle", "file", "folder", "folder.vmkd", "text.vmkd"]
 
 
-def test_an_empty_folder_becomes_a_bundle(bundle_path: Path, preprocess: Preprocess, tmp_path: Path) -> None:
+def test_an_empty_folder_becomes_a_bundle(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    read_bundle(write_again(tmp_path / "new", bundle_path, preprocess))
+    read_bundle(write_again(tmp_path / "new", folder))
 
 
-def test_a_missing_onnx_file(preprocess: Preprocess, tmp_path: Path) -> None:
+def test_a_missing_onnx_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no file"):
-        write_again(tmp_path / "new", tmp_path, preprocess)
+        write_again(tmp_path / "new", tmp_path)
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize("failing", ["fsync", "copy"])
 def test_a_full_disk_leaves_the_earlier_bundle(
-    failing: str, bundle_path: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier = read_bundle(bundle_path)
+    source = tiny_bundle(tmp_path / "source")
+    earlier = read_bundle(bundle)
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
-        patch.setattr(os, "fsync", full_disk) if failing == "fsync" else patch.setattr(
-            shutil, "copyfile", full_disk
-        )
-        write_again(bundle_path, bundle_path, preprocess)
-    assert read_bundle(bundle_path) == earlier
-    assert names(bundle_path.parent) == ["bundle"]
+        patch.setattr(os, "fsync", full_disk)
+        write_again(bundle, source)
+    assert read_bundle(bundle) == earlier
+    assert names(tmp_path) == sorted([bundle.name, "source"])
 
 
 def test_the_earlier_bundle_comes_back_when_the_new_one_cannot_take_its_place(
-    bundle_path: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier = read_bundle(bundle_path)
+    """Where the system cannot exchange two folders, two renames do it, and the second can fail."""
+    earlier = read_bundle(folder)
     rename = Path.rename
 
     def refuse_new(self: Path, target: Path) -> Path:
         return full_disk() if self.suffix == ".new" else rename(self, target)  # type: ignore[return-value]
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+        patch.setattr(files, "_exchange", lambda one, other: False)
         patch.setattr(Path, "rename", refuse_new)
-        write_again(bundle_path, bundle_path, preprocess)
-    assert read_bundle(bundle_path) == earlier
-    assert names(bundle_path.parent) == ["bundle"]
+        write_again(folder, folder)
+    assert read_bundle(folder) == earlier
+    assert names(folder.parent) == ["bundle"]
+
+
+def test_a_packed_bundle_is_unpacked_for_its_owner_alone(bundle: Path) -> None:
+    found = open_bundle(bundle)
+    with found.unpacked() as folder:
+        assert (folder / "model.onnx").read_bytes() == found.read("model.onnx")
+        assert found.packed != (folder == bundle)
+        if found.packed:
+            assert folder.stat().st_mode & 0o077 == 0 and names(folder) == ["model.onnx"]
+    assert folder.exists() != found.packed
+
+
+def test_engines_say_what_they_were_built_for() -> None:
+    for wrong in (
+        {"target": Target("onnxruntime")},
+        {"target": Target("tensorrt", ())},
+        {"target": Target("tensorrt", (8600,))},
+        {"profiles": ()},
+    ):
+        with pytest.raises(DataError, match="an engine"):
+            EngineInfo(**{"target": INFO.target, "profiles": INFO.profiles, "built_with": "T", **wrong})

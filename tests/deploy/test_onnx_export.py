@@ -55,6 +55,13 @@ class Plain(FixedBatch):
         return self.head(images.flatten(1))
 
 
+class Magnifying(FixedBatch):
+    """Three hundred times the difference of two sums makes rounding three hundred times as large."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.sin(3e2 * self.head(images.flatten(1)))
+
+
 def test_onnx_runtime_agrees_on_a_batch_that_the_export_never_saw(
     mixer: nn.Module, exported: tuple[Path, Step]
 ) -> None:
@@ -145,7 +152,18 @@ def test_an_opset_that_the_exporter_does_not_write(tmp_path: Path) -> None:
         export(Plain(), tmp_path / "m.onnx", input_size=SIZE, opset=17)
 
 
-def test_a_changed_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_magnifies_rounding_is_held_to_what_rounding_does_to_it(tmp_path: Path) -> None:
+    """Two right computations of it differ by more than 1e-5; the row says which bound holds, and why."""
+    step = export(Magnifying(), tmp_path / "m.onnx", input_size=SIZE)
+    assert step.error is not None and step.tolerance is not None
+    assert 1e-5 < step.error <= step.tolerance <= 1e-3
+    assert "the last bit of every weight makes" in step.checked
+
+
+@pytest.mark.parametrize("model", [Plain, Magnifying])
+def test_a_changed_weight_is_noticed(
+    model: type[FixedBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The check must fail when the exported graph is not the model: one bias is off by one percent."""
     written = onnx_export._to_onnx
 
@@ -157,7 +175,7 @@ def test_a_changed_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(onnx_export, "_to_onnx", corrupted)
     with pytest.raises(ExportError, match="ONNX Runtime differs from the model by"):
-        export(Plain(), tmp_path / "m.onnx", input_size=SIZE)
+        export(model(), tmp_path / "m.onnx", input_size=SIZE)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -12,6 +14,8 @@ import torch
 import vmkd_fx as vx
 from tests.models import FoldableNet, images, small
 from vmkd_fx.deploy.bundle import read_bundle
+from vmkd_fx.deploy.decode import decode
+from vmkd_fx.deploy.preprocess import Preprocess
 from vmkd_fx.errors import ModelError, OutputError, UnknownNameError
 from vmkd_fx.graph.verify import randomise_
 from vmkd_fx.passes.lowering import LOWERING
@@ -38,6 +42,10 @@ def test_the_ledger_reaches_the_bundle(tmp_path: Path) -> None:
     assert names == ["training graph", "evaluation", *(step.name for step in LOWERING), "lowered", "onnx"]
     assert manifest.ledger.steps[-1].error < 1e-5
     assert manifest.labels[3] == "c3"
+    said = {prop.key: prop.value for prop in onnx.load(tmp_path / "b" / "model.onnx").metadata_props}
+    assert json.loads(said["vmkd.labels"]) == list(manifest.labels)
+    assert decode(Preprocess, json.loads(said["vmkd.preprocess"]), "it") == manifest.preprocess
+    assert json.loads(said["vmkd.versions"]) == manifest.created_with
 
 
 @pytest.mark.engine
@@ -57,7 +65,8 @@ def test_timms_own_preprocessing(tmp_path: Path) -> None:
     config = timm.data.resolve_data_config(model.pretrained_cfg)
     assert preprocess.input_size == config["input_size"]
     assert (preprocess.mean, preprocess.std) == (config["mean"], config["std"])
-    assert (preprocess.interpolation, preprocess.crop_pct) == (config["interpolation"], config["crop_pct"])
+    for name in ("interpolation", "crop_pct", "crop_mode"):
+        assert getattr(preprocess, name) == config[name]
 
 
 def test_uint8_images_are_what_training_saw(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ from PIL import Image
 from torch import nn
 
 from tests.deploy.conftest import needs_builder
-from vmkd_fx.deploy import runtime
-from vmkd_fx.deploy.bundle import add_engine, read_bundle, write_bundle
+from vmkd_fx.deploy import gpu, runtime
+from vmkd_fx.deploy.bundle import read_bundle
+from vmkd_fx.deploy.bundle_write import add_engine, write_bundle
 from vmkd_fx.deploy.gpu import Gpu, find_gpu
+from vmkd_fx.deploy.latency import Recorder
 from vmkd_fx.deploy.manifest import EngineInfo
 from vmkd_fx.deploy.onnx_export import export
 from vmkd_fx.deploy.preprocess import Preprocess
@@ -24,7 +27,7 @@ from vmkd_fx.errors import BuildError, BundleError, DataError, UnknownNameError
 from vmkd_fx.steps import Ledger, Step
 from vmkd_fx.target import Profile, Target
 
-INFO = EngineInfo(Target("tensorrt-rtx", (86,)), Profile(), "TensorRT-RTX 1.7.1.116")
+INFO = EngineInfo(Target("tensorrt-rtx", (86,)), (Profile(),), "TensorRT-RTX 1.7.1.116")
 
 
 def expected_logits(
@@ -88,7 +91,7 @@ def test_a_batch_below_the_smallest_is_filled_up_and_cut_again(bundle_path: Path
         batches.append(len(images))
         return images.sum(axis=(2, 3))
 
-    sums.name, sums.smallest, sums.largest = "sums", 2, 3  # type: ignore[attr-defined]
+    sums.name, sums.includes, sums.profiles = "sums", "all", (Profile(2, 2, 3),)  # type: ignore[attr-defined]
     images = np.random.default_rng(0).standard_normal((7, 3, 32, 32), dtype=np.float32)
     run = runtime.Runner(read_bundle(bundle_path), sums, "")  # type: ignore[arg-type]
     np.testing.assert_array_equal(run(images), images.sum(axis=(2, 3)))
@@ -141,6 +144,48 @@ def test_what_are_no_images(bundle_path: Path, images: object, reason: str) -> N
         load(bundle_path, device="cpu")(images)  # type: ignore[arg-type]
 
 
+def test_threads_share_a_runner(bundle_path: Path) -> None:
+    run = load(bundle_path, device="cpu", threads=1)
+    batches = [
+        np.random.default_rng(seed).standard_normal((1 + 5 * seed, 3, 32, 32), dtype=np.float32)
+        for seed in range(8)
+    ]
+    alone = [run(images) for images in batches]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, batches * 5))
+    for found, expected in zip(together, alone * 5, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert sum(row.runs for row in run.latency().rows) == 6 * sum(-(-len(images) // 32) for images in batches)
+
+
+def test_latency_on_request(bundle_path: Path) -> None:
+    run = load(bundle_path, device="cpu")
+    assert run.latency().rows == ()
+    images = np.zeros((33, 3, 32, 32), np.float32)
+    for _ in range(20):
+        run(images)
+    latency = run.latency()
+    assert [(row.batch, row.runs) for row in latency.rows] == [(1, 20), (32, 20)]
+    assert all(0 < row.p50 <= row.p90 <= row.p99 < 60 for row in latency.rows)
+    assert "ONNX Runtime" in latency.what and "preparing images is not in it" in latency.what
+    assert "p99 ms" in str(latency) and latency.what in str(latency)
+
+
+def test_the_times_that_are_kept() -> None:
+    recorder = Recorder()
+    for milliseconds in (*[10**6] * 50, *range(1, 1001)):
+        recorder.add(4, milliseconds / 1000)
+    (row,) = recorder.latencies("").rows
+    assert row.runs == 1000
+    np.testing.assert_allclose((row.p50, row.p90, row.p99), (0.5005, 0.9001, 0.99001))
+
+
+@pytest.mark.parametrize("option", [{"threads": 0}, {"lanes": 0}])
+def test_options_that_are_no_options(option: dict[str, int], bundle_path: Path) -> None:
+    with pytest.raises(DataError, match="a whole number from one up"):
+        load(bundle_path, **option)  # type: ignore[arg-type]
+
+
 def test_why_onnx_runtime(bundle_path: Path) -> None:
     assert load(bundle_path, device="cpu").why == "device='cpu' was asked for"
     run = load(bundle_path)
@@ -167,7 +212,7 @@ def test_why_onnx_runtime_when_no_engine_fits(
 ) -> None:
     """TensorRT-RTX is asked for real and refuses these bytes."""
     add_engine(read_bundle(bundle_path), b"an engine", INFO, Step("engine"))
-    monkeypatch.setattr(runtime, "find_gpu", lambda: Gpu(sm))
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu(sm))
     run = load(bundle_path)
     assert run.backend.startswith("ONNX Runtime ") and run(pixels).shape == (7, 10)
     with pytest.raises(BuildError, match=why):
@@ -219,11 +264,10 @@ def test_nothing_to_run_it_with_names_both_extras(bundle_path: Path) -> None:
     assert "vmkd-fx[onnxruntime]" in message and "vmkd-fx[rtx]" in message and "holds no engine" in message
 
 
+@pytest.mark.skipif(find_gpu().compute_capability is not None, reason="a GPU is here")
 def test_a_machine_without_cuda_bindings_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    assert find_gpu() == Gpu(
-        None, "no GPU found: the package cuda-bindings, which looks for one, is not installed"
-    )
+    assert find_gpu().compute_capability is None and find_gpu().why.startswith("no GPU found: ")
 
 
 def test_gpu_reads_the_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,171 +1,178 @@
-"""A bundle: the folder that goes to a device, and the proof that it arrived as it was sent.
+"""A bundle: what goes to a device, and the proof that it arrived as it was sent.
 
     model.onnx                                the graph
+    model.onnx.data                           its weights, where it is too large for one file
     model.tensorrt-rtx-sm86-sm89.engine       engines, none or several
     manifest.json                             sizes, hashes, preprocessing, labels, ledger
 
-A bundle appears whole or not at all, and everything in it is checked before anything in it is used.
+It is a folder, or one file (`packed.py`) where its name ends in ".vmkd". It appears whole or not at all, and
+everything in it is checked before anything in it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import platform
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from vmkd_fx import __version__
-from vmkd_fx.deploy.manifest import MANIFEST, ONNX, EngineInfo, FileEntry, Manifest, read_manifest
-from vmkd_fx.deploy.preprocess import Preprocess
-from vmkd_fx.errors import BundleError, OutputError
-from vmkd_fx.files import appearing, sha256, write_text, writing
-from vmkd_fx.steps import Ledger, Step
-
-_VERSIONS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+from vmkd_fx.deploy.manifest import (
+    LARGEST_MANIFEST,
+    LARGEST_ONNX,
+    MANIFEST,
+    ONNX,
+    EngineInfo,
+    Manifest,
+    parse_manifest,
+)
+from vmkd_fx.deploy.onnx_wire import external_files
+from vmkd_fx.deploy.packed import SUFFIX, begins_packed, read_packed
+from vmkd_fx.deploy.places import Place, copy, open_plain, sha256, whole
+from vmkd_fx.errors import BundleError
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files have been checked."""
+    """A bundle, opened: what it says it holds, and where that lies.
+
+    Attributes:
+        path: the folder or the file.
+        manifest: what it says about itself.
+        places: where each file of the manifest lies.
+    """
 
     path: Path
     manifest: Manifest
+    places: dict[str, Place]
 
     @property
-    def onnx(self) -> Path:
-        """The ONNX file."""
-        return self.path / ONNX
+    def packed(self) -> bool:
+        """Whether it is one file."""
+        return any(place.path == self.path for place in self.places.values())
 
     @property
-    def engines(self) -> dict[Path, EngineInfo]:
-        """The engines and what each was built for."""
-        return {self.path / f.name: f.engine for f in self.manifest.files.values() if f.engine is not None}
+    def engines(self) -> dict[str, EngineInfo]:
+        """The engines by file name, and what each was built for."""
+        return {name: f.engine for name, f in self.manifest.files.items() if f.engine is not None}
 
+    def read(self, name: str) -> bytes:
+        """The contents of one of its files, checked as they are read.
 
-def write_bundle(
-    path: str | os.PathLike[str],
-    *,
-    onnx: str | os.PathLike[str],
-    preprocess: Preprocess,
-    labels: Sequence[str],
-    ledger: Ledger,
-    name: str,
-    engines: Sequence[tuple[str | os.PathLike[str], EngineInfo]] = (),
-) -> Path:
-    """Write a bundle of copies of `onnx` and `engines` to the folder `path`, whole or not at all.
+        Raises:
+            BundleError: there is no such file, or it changed.
+        """
+        if name not in self.places:
+            raise BundleError(f"{self.path} holds no {name}; it holds {', '.join(self.places)}")
+        data = self.places[name].read()
+        self._compare(name, hashlib.sha256(data).hexdigest())
+        return data
 
-    An earlier bundle at `path` is replaced, and only when the new one stands.
+    def check(self, name: str) -> None:
+        """Raise a BundleError if one of its files is not what the manifest says."""
+        self._compare(name, sha256(self.places[name]))
 
-    Raises:
-        BundleError: `onnx` or an engine is not there.
-        OutputError: `path` is something else than a bundle, or cannot be written.
-    """
-    path = Path(path).resolve()
-    sources: list[tuple[str, Path, EngineInfo | None]] = [(ONNX, Path(onnx), None)]
-    sources += [(f"model.{info.suffix}", Path(engine), info) for engine, info in engines]
-    for _, source, _ in sources:
-        if not source.is_file():
-            raise BundleError(f"there is no file {source} to put into the bundle {path}")
-    refuse_foreign(path)
-    with appearing(path) as folder:
-        files = {}
-        for file, source, info in sources:
-            with writing(folder / file) as temporary:
-                shutil.copyfile(source, temporary)
-            files[file] = _entry(folder / file, info)
-        manifest = Manifest(name, files, preprocess, tuple(labels), ledger, _created_with())
-        write_text(folder / MANIFEST, manifest.to_text())
-    return path
+    def read_graph(self) -> bytes:
+        """The ONNX graph, checked; it names no file outside the bundle.
+
+        Raises:
+            BundleError: it changed, or names one.
+        """
+        if self.places[ONNX].size > LARGEST_ONNX:
+            raise BundleError(f"{self.path}: an ONNX graph has {LARGEST_ONNX:,} bytes at most")
+        graph = self.read(ONNX)
+        try:
+            foreign = set(external_files(graph)) - set(self.manifest.weights)
+        except BundleError as error:
+            raise BundleError(f"{self.path}: {ONNX} cannot be read: {error}") from error
+        if foreign:
+            raise BundleError(
+                f"{self.path}: {ONNX} keeps weights in {', '.join(map(ascii, sorted(foreign)))}, "
+                f"and the bundle's own are {', '.join(self.manifest.weights) or 'none'}"
+            )
+        return graph
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Path]:
+        """A folder with `model.onnx` and its weights as plain files, for what reads nothing else.
+
+        That is the bundle itself, or a private temporary copy where it is packed.
+
+        Raises:
+            BundleError: a file changed.
+        """
+        if not self.packed:
+            yield self.path
+            return
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (ONNX, *self.manifest.weights):
+                with (Path(folder) / name).open("wb") as file:
+                    copy(self.places[name], self.manifest.files[name].sha256, file)
+            yield Path(folder)
+
+    def _compare(self, name: str, found: str) -> None:
+        expected = self.manifest.files[name].sha256
+        if found != expected:
+            raise BundleError(
+                f"{self.path}: {name} was changed: its SHA-256 is {found[:12]}…, "
+                f"the manifest says {expected[:12]}…; copy it again"
+            )
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Check everything in the bundle at `path` and return it.
+    """Check everything in the bundle at `path`, a folder or a file, and return it.
 
     Raises:
         BundleError: it is not a bundle, or a file is missing, changed, or not a plain file.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    for entry in manifest.files.values():
-        _verify(path / entry.name, entry)
-    return Bundle(path, manifest)
+    bundle, _ = read_bundle_and_graph(path)
+    return bundle
 
 
-def add_engine(bundle: Bundle, engine: bytes, info: EngineInfo, step: Step) -> Bundle:
-    """Write an engine into `bundle` and its `step` into the ledger; one for the same target is replaced.
+def read_bundle_and_graph(path: str | os.PathLike[str]) -> tuple[Bundle, bytes]:
+    """`read_bundle`, and the contents of `model.onnx` that were checked."""
+    bundle = open_bundle(path)
+    for name in bundle.places:
+        if name != ONNX:
+            bundle.check(name)
+    return bundle, bundle.read_graph()
 
-    The target is what `step.detail` begins with, up to a semicolon. The bundle on disk is whole at every
-    moment: the former engine leaves the manifest before its file changes.
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle at `path` with its manifest and the sizes of its files checked, and their contents not.
 
     Raises:
-        OutputError: the bundle cannot be written to.
+        BundleError: it is not a bundle, or a file is missing or of another size.
     """
-    path = bundle.path / f"model.{info.suffix}"
-    former = bundle.manifest
-    if path.name in former.files:
-        former = replace(former, files={n: f for n, f in former.files.items() if n != path.name})
-        write_text(bundle.path / MANIFEST, former.to_text())
-    with writing(path) as temporary:
-        temporary.write_bytes(engine)
-    mark = f"{info.target}; "
-    steps = tuple(s for s in former.ledger.steps if not (s.name == step.name and s.detail.startswith(mark)))
-    manifest = replace(
-        former,
-        files={**former.files, path.name: _entry(path, info)},
-        ledger=replace(former.ledger, steps=(*steps, step)),
-    )
-    write_text(bundle.path / MANIFEST, manifest.to_text())
-    return replace(bundle, manifest=manifest)
+    path = Path(path)
+    if path.is_file():
+        path = path.resolve()
+        return Bundle(path, *read_packed(path))
+    manifest = _read_manifest(path)
+    places = {name: whole(path / name) for name in manifest.files}
+    for name, place in places.items():
+        expected = manifest.files[name].bytes
+        if place.size != expected:
+            raise BundleError(
+                f"{place.path} has {place.size:,} bytes, the manifest says {expected:,}: copy it again"
+            )
+    return Bundle(path, manifest, places)
 
 
-def _entry(path: Path, info: EngineInfo | None) -> FileEntry:
-    return FileEntry(path.name, path.stat().st_size, sha256(path), info)
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is meant as a bundle: a folder, or a file that is named or begins like a packed one."""
+    path = Path(path)
+    return path.is_dir() or (path.is_file() and (path.suffix == SUFFIX or begins_packed(path.resolve())))
 
 
-def _verify(path: Path, entry: FileEntry) -> None:
-    if path.is_symlink() or not path.is_file():
-        state = "is a link" if path.is_symlink() else "is missing"
-        raise BundleError(f"{path} {state}: a bundle holds its files itself; copy it again")
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
     try:
-        size, digest = path.stat().st_size, ""
-        if size == entry.bytes:
-            digest = sha256(path)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
-    if size != entry.bytes:
-        raise BundleError(f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: copy it again")
-    if digest != entry.sha256:
-        raise BundleError(
-            f"{path} was changed: its SHA-256 is {digest[:12]}…, "
-            f"the manifest says {entry.sha256[:12]}…; copy it again"
-        )
-
-
-def refuse_foreign(path: Path) -> None:
-    """Only nothing, an empty folder, or a bundle and nothing beside it may be replaced."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise OutputError(f"cannot write a bundle to {path}: it is a file; give a folder")
-    found = {item.name for item in path.iterdir()}
-    if not found:
-        return
-    try:
-        foreign = found - {MANIFEST, *read_manifest(path).files}
+        file = open_plain(path)
     except BundleError as error:
-        raise OutputError(f"cannot write a bundle to {path}: {error}; give another folder") from error
-    if foreign:
-        raise OutputError(f"cannot replace the bundle {path}: it also holds {', '.join(sorted(foreign))}")
-
-
-def _created_with() -> dict[str, str]:
-    versions = {"vmkd-fx": __version__, "python": platform.python_version()}
-    for package in _VERSIONS:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+        raise BundleError(f"{folder} is not a bundle: it holds no file {MANIFEST} ({error})") from error
+    with file:
+        return parse_manifest(file.read(LARGEST_MANIFEST + 1), path)

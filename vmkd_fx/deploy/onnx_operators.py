@@ -2,8 +2,9 @@
 
     torch.onnx.export(..., custom_translation_table=translations())
 
-Lowering leaves `vmkd::dft_filter` only, where it chose the DFT. The two others are here so that a graph that
-was not lowered can be exported too; their weights are then transformed in the file, in its own precision.
+Lowering leaves `vmkd::dft_filter`, where it chose the DFT, and for ONNX Runtime
+`vmkd::attention`. The two others are here so that a graph that was not lowered can be exported too; their
+weights are then transformed in the file, in its own precision.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from vmkd_fx.extras import require
+
+_RUNTIME = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+_ATTENTION = "MultiHeadAttention"
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -23,13 +28,49 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     require("onnxscript", "train", "an ONNX file")
     import torch
 
+    from vmkd_fx.passes.engine import runtime_operators  # noqa: F401  (registers the operator)
     from vmkd_fx.passes.mixing import operators  # noqa: F401  (registers the operators)
 
     return {
+        torch.ops.aten.index_select.default: _index_select,
+        torch.ops.vmkd.attention.default: _attention,
         torch.ops.vmkd.dft_filter.default: _dft_filter,
         torch.ops.vmkd.circulant.default: _circulant,
         torch.ops.vmkd.global_filter.default: _global_filter,
     }
+
+
+def _index_select(x: Any, dim: int, index: Any) -> Any:
+    """With the index in the type that it has: where that is int64, TensorRT's parser adds a cast to int32."""
+    from onnxscript.onnx_opset import opset18 as op
+
+    return op.Gather(x, index, axis=dim)
+
+
+def _attention(query: Any, key: Any, value: Any, bias: Any, mask: Any, heads: int) -> Any:
+    """ONNX Runtime's own operator; the scale is in the weights."""
+    from onnxscript.values import Op, Opset
+
+    operator = Op(Opset(_RUNTIME, 1), _ATTENTION, _attention_schema())
+    return operator(query, key, value, bias, None, mask, num_heads=heads, scale=1.0)
+
+
+def _attention_schema() -> Any:
+    """What the exporter has to know of an operator that ONNX itself does not define."""
+    from onnx.defs import OpSchema
+
+    optional = OpSchema.FormalParameterOption.Optional
+    names = ("query", "key", "value", "bias", "key_padding_mask", "attention_bias")
+    attributes = (("num_heads", OpSchema.AttrType.INT), ("scale", OpSchema.AttrType.FLOAT))
+    return OpSchema(
+        _ATTENTION,
+        _RUNTIME,
+        1,
+        inputs=[OpSchema.FormalParameter(name, "T", param_option=optional) for name in names],
+        outputs=[OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        attributes=[OpSchema.Attribute(name, kind, "", required=False) for name, kind in attributes],
+    )
 
 
 def _dft_filter(x: Any, direct: Any, crossed: Any) -> Any:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,37 +56,25 @@ class Preprocess:
         if fault:
             raise DataError(f"preprocessing: {fault}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, as they stand in a manifest."""
-        values = asdict(self)
-        return {**values, **{name: list(values[name]) for name in ("input_size", "mean", "std")}}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataError: a key is missing or unknown, or a value is not allowed.
-        """
-        expected = sorted(cls.__dataclass_fields__)
-        if not isinstance(data, dict) or sorted(data) != expected:
-            found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise DataError(f"preprocessing must have the keys {expected}, found {found}")
-        if not all(isinstance(data[name], list) for name in ("input_size", "mean", "std")):
-            raise DataError("preprocessing: input_size, mean and std must be lists of numbers")
-        return cls(**data)
-
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> NDArray[np.float32]:
         """One image, or the path of one, as float32 (C, H, W).
 
         Raises:
             DataError: the file is missing or holds no image that pillow can read.
         """
+        return self.normalise(self.pixels(image)[None])[0]
+
+    def pixels(self, image: Image.Image | str | os.PathLike[str]) -> NDArray[np.uint8]:
+        """One image, or the path of one, resized and cropped: uint8 (H, W, C).
+
+        Raises:
+            DataError: as in a call.
+        """
         if not isinstance(image, Image.Image):
             image = _open(Path(image))
         image = image.convert("L" if self.input_size[0] == 1 else "RGB")
         pixels = np.asarray(self._crop(self._resize(image)), dtype=np.uint8)
-        return self.normalise(pixels.reshape(1, *self.input_size[1:], -1))[0]
+        return pixels.reshape(*self.input_size[1:], -1)
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Images of exactly the input size, uint8 (B, H, W, C), as float32 (B, C, H, W).
