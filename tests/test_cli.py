@@ -230,6 +230,7 @@ def test_lower_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "goes with --model NAME" in refused(capsys, "lower", "run/last.safetensors", *options)
 
 
+@pytest.mark.slow
 def test_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--pattern", "test_resnet", "--jobs", "1", "--full"]) == 0
     assert "1 of 1 models without a fault: sweep-out/coverage.md" in capsys.readouterr().out

@@ -20,10 +20,10 @@ MAY_IMPORT = {
     "passes": {"ground", "graph", "models", "passes"},
     "distill": {"ground", "graph", "passes", "models", "distill"},
     "deploy": {"ground", "graph", "passes", "deploy"},
-    "zoo": {"ground", "graph", "passes", "distill", "zoo"},
+    "zoo": {"ground", "graph", "passes", "distill", "deploy", "zoo"},
     "top": set(FLOORS),
 }
-TOP = ("__init__", "__main__", "cli", "demo")
+TOP = ("__init__", "__main__", "cli", "demo", "verbs")
 
 
 def floor(module: str) -> str:
@@ -61,6 +61,7 @@ def test_imports_point_downwards(path: Path) -> None:
         "import vmkd_fx",
         "import vmkd_fx; vmkd_fx.load",
         "import vmkd_fx; vmkd_fx.build",
+        "import vmkd_fx; vmkd_fx.verify; vmkd_fx.bench",
         "import vmkd_fx.deploy.runtime",
         "import vmkd_fx.cli",
         "import vmkd_fx; callable(vmkd_fx.deploy) or exit(1)",
@@ -74,7 +75,7 @@ def test_the_edge_side_brings_neither_torch_nor_timm(statement: str) -> None:
 
 def test_the_public_verbs() -> None:
     verbs = {"trace", "anatomy", "tap", "wrap", "strip", "save", "lower", "ledger"}
-    verbs |= {"export", "build", "deploy", "load"}
+    verbs |= {"export", "build", "deploy", "verify", "bench", "load"}
     assert verbs < set(dir(vmkd_fx))
     assert all(callable(getattr(vmkd_fx, verb)) for verb in verbs)
     with pytest.raises(AttributeError, match="no attribute 'deplyo'"):

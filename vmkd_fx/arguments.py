@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmkd_fx.errors import RecipeError
+from vmkd_fx.errors import BuildError, RecipeError, VmkdError
+from vmkd_fx.frames import Frames, parse_frames
+from vmkd_fx.target import Profile
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,11 @@ def sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", default="*", help="of names, as the shell matches them (default: all)")
     parser.add_argument(
         "--full", action="store_true", help="real numbers too, for the smallest of each family"
+    )
+    parser.add_argument(
+        "--engines",
+        action="store_true",
+        help="instead: one small model of each family lowered, exported and built for TensorRT-RTX",
     )
     parser.add_argument("--jobs", type=_positive, help="processes (default: one a core)")
     parser.add_argument("--restart", action="store_true", help="check again what was checked before")
@@ -65,8 +72,11 @@ def deploy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bundle"), help="folder (default: bundle)")
     _add_target(parser, default="onnxruntime")
+    _add_frames(parser)
+    _add_precision(parser)
     _add_predict(parser)
     parser.add_argument("--fixed-batch", action="store_true", help="one image at a time")
+    _add_builder(parser)
     _add_model(parser)
     _add_options(parser)
 
@@ -75,6 +85,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="BUNDLE", type=Path, help="a bundle or an ONNX file")
     parser.add_argument("--out", type=Path, help="engine file, for an ONNX file only")
     _add_target(parser, default=None)
+    _add_builder(parser)
 
 
 def run(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +93,44 @@ def run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     parser.add_argument("--top", type=_positive, default=5, help="classes to print (default: 5)")
     parser.add_argument("--device", default="auto", help="auto (default), gpu or cpu")
+    parser.add_argument("--threads", type=_positive, help="of ONNX Runtime (default: one a core)")
+    parser.add_argument("--latency", action="store_true", help="print how long the batches took")
+
+
+def verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    _add_made_of(parser)
+    parser.add_argument(
+        "--images", metavar="FOLDER", type=Path, help="pictures to run (default: random images)"
+    )
+    parser.add_argument("--no-sign", action="store_true", help="look, and leave the bundle as it is")
+
+
+def bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    _add_made_of(parser)
+    parser.add_argument(
+        "--against",
+        type=_names,
+        metavar="A,B",
+        help="torch, compile, onnxruntime (default: all that can run here; the first two need the model)",
+    )
+    parser.add_argument(
+        "--batch", type=_batches, default=(1, 8), metavar="N,N", help="batch sizes (default: 1,8)"
+    )
+    parser.add_argument("--runs", type=int, default=100, help="of each side at least (default: 100)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="measure each batch size for so long at least"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, help="of the processor (default: OMP_NUM_THREADS or one a core)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), gpu or cpu")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave memory out, which takes a process a side"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them: .png, .svg or .pdf")
 
 
 def options(assignments: Sequence[str]) -> dict[str, Any]:
@@ -98,6 +147,44 @@ def options(assignments: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise RecipeError(f"--option {assignment!r}: {value!r} is no value: {error}") from error
     return options
+
+
+def profile(text: str) -> Profile:
+    """`1,8,32` as the smallest, best and largest batch, `4` as a batch of four alone."""
+    sizes = text.split(",")
+    if len(sizes) not in (1, 3) or not all(size.strip().isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write the smallest, best and largest batch, as in 1,8,32"
+        )
+    smallest, best, largest = map(int, sizes * (3 // len(sizes)))
+    try:
+        return Profile(smallest, best, largest)
+    except BuildError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_builder(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--profile",
+        metavar="MIN,BEST,MAX",
+        type=profile,
+        action="append",
+        help="batch sizes it takes (default: 1,8,32); again for one more optimisation profile",
+    )
+    group.add_argument("--level", type=int, help="of optimisation, 0 (fast build) to 5 (long search)")
+    group.add_argument("--workspace", metavar="MIB", type=int, help="scratch memory a layer may take")
+    group.add_argument("--refittable", action="store_true", help="other weights can be put in later")
+    group.add_argument("--strip-weights", action="store_true", help="leave weights out; the graph has them")
+    group.add_argument("--version-compatible", action="store_true", help="later versions of TensorRT load it")
+    group.add_argument(
+        "--hardware",
+        default="same",
+        help="same (default): the GPU that is here; ampere+: every one from Ampere on (TensorRT)",
+    )
+    group.add_argument(
+        "--timing-cache", metavar="FILE", type=Path, help="what TensorRT timed, for the next build"
+    )
 
 
 def _whole(text: str) -> int:
@@ -122,6 +209,24 @@ def _positive(text: str) -> int:
     return value
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes: 1,8")
+    return tuple(map(int, sizes))
+
+
+def _frames(text: str) -> Frames:
+    try:
+        return parse_frames(text)
+    except VmkdError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def names_a_file(text: str) -> bool:
     """Whether this is a checkpoint rather than the name of a model."""
     path = Path(text)
@@ -144,10 +249,32 @@ def _add_lowering(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="these, in this order (default: all); package.module:PASS is one of your own",
     )
+    _add_frames(parser)
     _add_predict(parser)
     _add_model(parser)
     _add_input_size(parser)
     _add_options(parser)
+
+
+def _add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=_frames,
+        metavar="F",
+        help="take bytes and normalise them in the graph: uint8, which is uint8:nhwc, or uint8:nchw",
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", default="fp32", metavar="P", help="fp32 (default), fp16, bf16, mixed, int8 or fp8"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures to measure ranges and errors on; int8 and fp8 need them",
+    )
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +283,20 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name of the timm model, for weights that do not say")
+
+
+def _add_made_of(parser: argparse.ArgumentParser) -> None:
+    """The model that a bundle was made of."""
+    parser.add_argument(
+        "source",
+        metavar="MODEL_OR_CHECKPOINT",
+        nargs="?",
+        help="what the bundle was made of: a weights file, a timm model, or package.module:factory",
+    )
+    _add_predict(parser)
+    _add_model(parser)
+    _add_input_size(parser)
+    _add_options(parser)
 
 
 def _add_input_size(parser: argparse.ArgumentParser) -> None:
