@@ -137,6 +137,7 @@ def test_the_list_is_long_wide_and_known() -> None:
         models.select(["resnet_18"])
 
 
+@pytest.mark.slow
 def test_it_measures_prints_writes_and_measures_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_process_that_ends_is_a_reason_and_not_stored(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_graphs_that_differ_give_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = load("lowering_measure")
 
@@ -231,6 +233,7 @@ def test_the_summary_names_what_misses_its_bound() -> None:
     assert report.line(figures[1])[4:6] == ["failed / 100", "-"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_layers_are_counted_where_the_engine_is(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -255,6 +258,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == [page]
 
 
+@pytest.mark.slow
 def test_scaling_prints_seconds_beside_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
     scaling = load("lowering_scaling")
     small, large = scaling.Cost(100, 2.0, 0.1, 10**9), scaling.Cost(1000, 30.0, 5.0, 4 * 10**9)

@@ -70,6 +70,7 @@ def test_it_ends_in_one_table_and_a_whole_bundle(whole: tuple[Path, str]) -> Non
     assert (engine.error is None) == (engine.checked == "built, not run")
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_killed_at_any_moment_it_ends_in_the_same_weights(whole: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in each of the three trainings, then start again: the same files, bit for bit."""

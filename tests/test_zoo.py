@@ -13,12 +13,12 @@ import timm
 import torch
 from torch import nn
 
-from tests.zoo import DIVERSE, MEMBERS, Member, build
+from tests.zoo import DIVERSE, MEMBERS, Member, build, by_family
 from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.graph.modes import ModeSwitch
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.zoo import check as check_module
-from vmkd_fx.zoo import sweep as sweep_module
+from vmkd_fx.zoo import side_by_side as side_by_side_module
 from vmkd_fx.zoo.agreement import disagreement
 from vmkd_fx.zoo.check import check, difference, open_share
 from vmkd_fx.zoo.coverage import as_csv, as_markdown
@@ -27,7 +27,7 @@ from vmkd_fx.zoo.row import Row
 from vmkd_fx.zoo.sweep import sweep
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.family)
+@pytest.mark.parametrize("member", by_family())
 def test_a_family_is_traced_understood_and_given_back(member: Member) -> None:
     row = check(member.name)
     assert row.faults == {}
@@ -37,13 +37,7 @@ def test_a_family_is_traced_understood_and_given_back(member: Member) -> None:
     assert {name for name, why in row.methods.items() if not why} >= {"std", "kd", "hard", "dkd", "nkd"}
 
 
-def _few_by_default() -> list[Any]:
-    """Every family under `make test-slow`; by default some that have little in common."""
-    marks = {True: [], False: [pytest.mark.slow]}
-    return [pytest.param(m, id=m.family, marks=marks[m.family in DIVERSE]) for m in MEMBERS]
-
-
-@pytest.mark.parametrize("member", _few_by_default())
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_a_family_on_real_numbers(member: Member) -> None:
     edge = member.size if member.built else max(member.size, 64)
     found = check_numbers(build(member), (3, edge, edge), only=("taps", "mixing", "round trip"))
@@ -134,7 +128,7 @@ def test_the_sweep_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: Any) -> None:
         raise AssertionError("these models were checked before")
 
-    monkeypatch.setattr(sweep_module, "_in_processes", refuse)
+    monkeypatch.setattr(side_by_side_module, "_in_processes", refuse)
     assert [row.to_json() for row in sweep("test_re*", tmp_path)] == [row.to_json() for row in rows]
     assert json.loads((tmp_path / "coverage.json").read_text())[0]["model"] == names[0]
     with (tmp_path / "coverage.csv").open() as file:
@@ -151,8 +145,12 @@ def test_a_process_that_dies_takes_one_model_with_it(monkeypatch: pytest.MonkeyP
                 raise BrokenProcessPool
             yield Row(name, "", trace="")
 
-    monkeypatch.setattr(sweep_module, "_in_processes", run)
-    rows = {row.model: row.trace for row in sweep_module._checked(["a", "bad", "b", "c"], 0, 2)}
+    def died(name: str) -> Row:
+        return Row(name, "", trace="the process that checked it died")
+
+    monkeypatch.setattr(side_by_side_module, "_in_processes", run)
+    found = side_by_side_module.side_by_side(check, died, ["a", "bad", "b", "c"], 0, 2)
+    rows = {row.model: row.trace for row in found}
     assert rows == {"a": "", "bad": "the process that checked it died", "b": "", "c": ""}
 
 

@@ -150,7 +150,8 @@ def test_resume_needs_every_part_of_the_state(
     assert sha256(tmp_path / "last.safetensors") != sha256(undisturbed / "last.safetensors")
 
 
-def test_killed_at_random_moments_ends_in_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_ends_in_the_same_weights(tmp_path: Path, kills: int) -> None:
     interval, total = 7, 60
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
@@ -159,7 +160,7 @@ def test_killed_at_random_moments_ends_in_the_same_weights(tmp_path: Path) -> No
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     reference = start(whole)
-    moments = sorted(random.sample(range(2, total - 15), 3))
+    moments = sorted(random.sample(range(2, total - 15), kills))
     logged = []
     for starts, moment in enumerate(moments):
         process = start(killed)

@@ -11,6 +11,7 @@ from torch import nn
 
 import vmkd_fx as vx
 from tests.models import FusedAffineBlock, small
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError
 from vmkd_fx.graph.parts import Anatomy
 
@@ -73,7 +74,9 @@ def test_a_graph_that_lost_its_calls_is_still_understood() -> None:
 
 @pytest.mark.parametrize(
     ("name", "blocks", "channels", "tokens"),
-    [("poolformerv2_s12", 12, 512, 49), ("davit_tiny", 12, 768, 49), ("edgenext_xx_small", 12, 168, 64)],
+    rest_slow(
+        [("poolformerv2_s12", 12, 512, 49), ("davit_tiny", 12, 768, 49), ("edgenext_xx_small", 12, 168, 64)]
+    ),
 )
 def test_the_last_block_of_mixed_layouts(name: str, blocks: int, channels: int, tokens: int) -> None:
     found = vx.anatomy(timm.create_model(name))

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vmkd_fx as vx
 from tests.models import images, small
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError
 from vmkd_fx.graph import checkpointing
 from vmkd_fx.graph.traced import TracedModule
@@ -351,7 +352,7 @@ def test_under_distributed_data_parallel(name: str) -> None:
 
 
 # Without dropout: a compiled graph draws other random numbers.
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("name", rest_slow(["test_vit", "test_resnet"]))
 def test_compiled_as_one_graph(name: str) -> None:
     torch.manual_seed(0)
     plain = vx.trace(timm.create_model(name, num_classes=10)).train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,15 +11,10 @@ import torch
 import vmkd_fx as vx
 from tests.checks import assert_computes_the_same, assert_same_module, fingerprint, identical
 from tests.models import images
-from tests.zoo import MEMBERS, Member, build
+from tests.zoo import Member, build, by_family
 
 
-def _cases(members: Iterable[Member]) -> list[object]:
-    marks = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(member, id=member.family, marks=marks[bool(member.slow)]) for member in members]
-
-
-@pytest.mark.parametrize("member", _cases(MEMBERS))
+@pytest.mark.parametrize("member", by_family())
 def test_the_graph_is_the_model_through_all_that_training_does(member: Member) -> None:
     model = build(member)
     twin = copy.deepcopy(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -14,15 +13,8 @@ from torch import nn
 import vmkd_fx as vx
 from tests.checks import identical
 from tests.models import images
-from tests.zoo import DIVERSE, MEMBERS, Member, build
+from tests.zoo import DIVERSE, Member, build, by_family
 from vmkd_fx.graph.traced import TracedModule
-
-
-def _cases() -> list[Any]:
-    """Few families by default: compiling takes long. The others run under the marker `slow`."""
-    marks = {True: [], False: [pytest.mark.slow]}
-    cheap = [member for member in MEMBERS if not member.slow]
-    return [pytest.param(member, id=member.family, marks=marks[member.family in DIVERSE]) for member in cheap]
 
 
 def _without_rates(member: Member) -> tuple[nn.Module, TracedModule]:
@@ -42,7 +34,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("member", _cases())
+@pytest.mark.parametrize("member", by_family(("vision_transformer", "resnet")))
 def test_compiled_as_one_graph_in_both_modes(member: Member) -> None:
     torch._dynamo.reset()
     model, graph = _without_rates(member)
@@ -57,7 +49,7 @@ def test_compiled_as_one_graph_in_both_modes(member: Member) -> None:
             _close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("member", _cases())
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_exported_once_a_mode(member: Member) -> None:
     x = images(size=member.size)
     for mode in (False, True):
@@ -67,7 +59,7 @@ def test_exported_once_a_mode(member: Member) -> None:
         _close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("member", _cases())
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_channels_last(member: Member) -> None:
     """As the model does there: in another memory layout its own convolutions round otherwise."""
     model = build(member).eval()
@@ -78,7 +70,7 @@ def test_channels_last(member: Member) -> None:
         assert identical(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("member", _cases())
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(member: Member, dtype: torch.dtype) -> None:
     model = build(member).eval()
@@ -96,7 +88,7 @@ def test_other_dtypes(member: Member, dtype: torch.dtype) -> None:
         assert identical(graph(x), expected)
 
 
-@pytest.mark.parametrize("member", _cases())
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_saved_and_loaded(member: Member) -> None:
     graph = vx.trace(build(member), input_size=(3, member.size, member.size)).eval()
     file = io.BytesIO()

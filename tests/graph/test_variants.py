@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vmkd_fx as vx
 from tests.checks import assert_computes_the_same
 from tests.models import small
+from tests.slow import rest_slow
 from vmkd_fx.graph.traced import TracedModule
 
 
@@ -40,7 +41,7 @@ def test_without_a_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", rest_slow(NAMES, 2))
 def test_other_channels(name: str, channels: int) -> None:
     model = timm.create_model(name, num_classes=10, in_chans=channels, drop_path_rate=0.1)
     graph = vx.trace(model)
@@ -56,7 +57,7 @@ VITS = ("test_vit", "vit_tiny_patch16_dinov3_qkvb", "pit_ti_224", "test_vit_relp
 
 
 @pytest.mark.parametrize("edges", [(32, 32), (64, 96)])
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("name", rest_slow(VITS, 2))
 def test_another_image_size_of_a_transformer(name: str, edges: tuple[int, int]) -> None:
     model = timm.create_model(name, num_classes=10, img_size=edges, drop_rate=0.1)
     assert vx.trace(model).info.need_input_size()[1:] == edges
@@ -169,7 +170,7 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", rest_slow(TORCHVISION, 5))
 def test_torchvision(name: str) -> None:
     make, edge = TORCHVISION[name]
     torch.manual_seed(0)

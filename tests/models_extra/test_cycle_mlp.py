@@ -164,6 +164,7 @@ def test_export(tmp_path: Path) -> None:
     like_timm.assert_exports(model, images(3, 3, 64, 64), tmp_path / "cycle_mlp.onnx")
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
     model, x = small(num_classes=10).eval(), images(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -178,6 +178,7 @@ def test_half() -> None:
     like_timm.assert_runs_in_half(small)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
     model, x = small(zero_init_last=False).eval(), images(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

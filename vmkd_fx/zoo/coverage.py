@@ -48,9 +48,9 @@ def as_markdown(rows: Sequence[Row], stamp: str) -> str:
         "the tests, and by `vmkd sweep --full` for the smallest published one.",
         "A model that timm makes without a classifier is given one of 1000 classes, for a student has one.",
         "## Totals",
-        _table(("what", "models"), _totals(rows, methods)),
+        markdown_table(("what", "models"), _totals(rows, methods)),
         "## Families",
-        _table(
+        markdown_table(
             ("family", "models", "traced", "as timm knows it", *methods, "round trip", *numbers),
             [_family_line(name, found, methods, numbers) for name, found in sorted(_families(rows).items())],
         ),
@@ -140,6 +140,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in sorted(Counter(names).items()))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown writes it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -21,6 +21,9 @@ from vmkd_fx.passes.injections import Injected, edits_of, inject
 
 every_preset = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.preset)
 
+COMPILED = ("kd", "std", "vitkd")
+"""Compiling takes long: these by default, the others under the marker `slow`."""
+
 
 def batch(task: DistillationTask, count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +98,13 @@ def test_the_student_is_built_again_without_its_teachers(pair: Pair) -> None:
     built.load_state_dict(task.trainable_module.state_dict(), strict=True)
 
 
-@every_preset
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, id=pair.preset, marks=() if pair.preset in COMPILED else pytest.mark.slow)
+        for pair in PAIRS
+    ],
+)
 def test_it_compiles_as_one_graph(pair: Pair) -> None:
     torch._dynamo.reset()
     task = pair.wrap().eval()

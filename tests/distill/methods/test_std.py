@@ -150,6 +150,7 @@ def process(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_mean_of_their_gradients(tmp_path: Path) -> None:
     """Ascent and descent survive it: the pairs are drawn inside each process."""
     multiprocessing.spawn(process, args=(str(tmp_path),), nprocs=WORLD)
