@@ -21,7 +21,8 @@ lint: $(VENV)/installed-test
 
 sweep: $(VENV)/installed-test
 	$(BIN)/vmkd sweep --out sweep-out
-	cp sweep-out/coverage.md docs/coverage.md
+	$(BIN)/vmkd sweep --engines --out sweep-out
+	(cat sweep-out/coverage.md; echo; cat sweep-out/engines.md) > docs/coverage.md
 
 papers: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/papers.py

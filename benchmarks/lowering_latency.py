@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from vmkd_fx.timing import in_turns, ratio_of
+
 WARM_UP = 5
-RESAMPLES = 2000
-MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -36,37 +34,25 @@ class Latency:
 def interleaved(
     ours: Callable[[], object], theirs: Callable[[], object], runs: int, seconds: float = 0.0
 ) -> Latency:
-    """Time both after a warm-up, one pair after the other and each pair in random order: what disturbs the
-    machine for a while then meets both.
+    """Time both after a warm-up, pair after pair, each in random order.
 
     Args:
         runs: pairs, at least.
-        seconds: go on for so long, which gives quick work more pairs; `MOST` ends it.
+        seconds: go on for so long, which gives quick work more pairs.
     """
-    work, order = (ours, theirs), random.Random(0)
     for _ in range(WARM_UP):
         ours()
         theirs()
-    times: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(times) < runs or (len(times) < MOST and time.perf_counter() < end):
-        pair = [0.0, 0.0]
-        for side in order.sample((0, 1), 2):
-            started = time.perf_counter()
-            work[side]()
-            pair[side] = time.perf_counter() - started
-        times.append(pair)
-    return compare(np.array(times))
+    times = in_turns({"ours": ours, "theirs": theirs}, turns=runs, seconds=seconds)
+    return compare(np.stack([times["ours"], times["theirs"]], axis=1))
 
 
 def compare(times: np.ndarray) -> Latency:
-    """Medians, and the interval by bootstrap over pairs.
+    """Medians, and the interval of their ratio.
 
     Args:
         times: (runs, 2), seconds; ours in the first column, and what was measured in one turn in one row.
     """
-    chosen = np.random.default_rng(0).integers(len(times), size=(RESAMPLES, len(times)))
-    medians = np.median(times[chosen], axis=1)
-    low, high = np.quantile(medians[:, 0] / medians[:, 1], (0.025, 0.975))
+    ratio = ratio_of(times[:, 0], times[:, 1])
     ours, theirs = np.median(times, axis=0)
-    return Latency(float(ours), float(theirs), float(ours / theirs), float(low), float(high), len(times))
+    return Latency(float(ours), float(theirs), ratio.value, ratio.low, ratio.high, len(times))

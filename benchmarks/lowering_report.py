@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from lowering_measure import SIDES, Figures, Pair
-from lowering_models import MODELS
+from lowering_models import FRESH, MODELS
 
 HEADER = (
     "model",
@@ -85,9 +85,13 @@ def summary(all_figures: Sequence[Figures]) -> list[str]:
 
 
 def remarks(all_figures: Sequence[Figures], opset: int) -> list[str]:
-    """Each failure as a line, and each file that is in another opset than was asked for."""
+    """Each failure as a line, each file that is in another opset than was asked for, and each model whose
+    norms are not random.
+    """
     said = []
     for figures in all_figures:
+        if figures.model in FRESH:
+            said.append(f"{figures.model}: fresh norms: {FRESH[figures.model]}")
         for side, written in zip(SIDES, figures.opsets, strict=True):
             if written not in (None, opset):
                 said.append(f"{figures.model}: {side}: written in opset {written}")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vmkd_fx import deploy as deploy
+    from vmkd_fx.deploy.bench import bench as bench
     from vmkd_fx.deploy.engine import build as build
     from vmkd_fx.deploy.onnx_export import export as export
     from vmkd_fx.deploy.runtime import load as load
+    from vmkd_fx.deploy.verify import verify as verify
     from vmkd_fx.distill.save import save as save
     from vmkd_fx.distill.wrap import wrap as wrap
     from vmkd_fx.graph.anatomy import anatomy as anatomy
@@ -41,6 +43,8 @@ _VERBS = {
     "bisect_graphs": "vmkd_fx.passes.compare",
     "export": "vmkd_fx.deploy.onnx_export",
     "build": "vmkd_fx.deploy.engine",
+    "verify": "vmkd_fx.deploy.verify",
+    "bench": "vmkd_fx.deploy.bench",
     "load": "vmkd_fx.deploy.runtime",
 }
 

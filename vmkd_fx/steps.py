@@ -47,6 +47,7 @@ class Step:
         error: largest absolute difference to the step before over the largest absolute value; None if not
             run.
         tolerance: the bound that `error` was held to.
+        agreement: share of images with the same highest logit as before the step; None if not measured.
         checked: how the error was measured ("float64, randomised parameters", "ONNX Runtime", "built, not
             run").
     """
@@ -62,6 +63,7 @@ class Step:
     error: float | None = None
     tolerance: float | None = None
     checked: str = ""
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ def _figures(step: Step) -> tuple[object, ...]:
 
 
 def _what(step: Step) -> str:
-    return step.detail or ("nothing to do" if step.matched == 0 else "")
+    words = [step.detail] if step.detail else ["nothing to do"] if step.matched == 0 else []
+    if step.agreement is not None:
+        words.append(f"top-1 as before on {100 * step.agreement:.2f} %")
+    return "; ".join(words)
 
 
 def _totals(steps: Iterable[Step]) -> list[str]:

@@ -11,6 +11,8 @@ from torch import nn
 
 import vmkd_fx as vx
 from tests.models import FoldableNet, renamed, small
+from tests.passes.lowering import operators
+from tests.slow import rest_slow
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.verify import logits_of, probe_images, randomise_, relative_error
@@ -74,7 +76,8 @@ def test_riformers_block_keeps_its_norm_and_loses_its_affine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "matched"), [("resnet10t", 14), ("convnext_atto", 12), ("deit3_small_patch16_224", 24)]
+    ("name", "matched"),
+    rest_slow([("resnet10t", 14), ("convnext_atto", 12), ("deit3_small_patch16_224", 24)], 2),
 )
 def test_real_models(name: str, matched: int) -> None:
     model = timm.create_model(name, num_classes=10)
@@ -189,6 +192,35 @@ def test_a_scale_may_cross_zero_padding() -> None:
     error, _, record = folded(Scaled())
     assert [site.what for site in record.sites] == ["into what is behind"]
     assert error < 1e-12
+
+
+class ScaledAndShifted(Twice):
+    """A scale and a shift in front of zero padding, as the mean and std of images are."""
+
+    def __init__(self, scale: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale)[:, None, None])
+        self.register_buffer("mean", torch.randn(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (torch.tanh(self.stem(x)) - self.mean) * self.scale
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_a_scale_leaves_its_shift_before_zero_padding() -> None:
+    error, module, record = folded(ScaledAndShifted((0.5, -2.0, 3.0, 1.0)))
+    assert [site.what for site in record.sites] == ["scales into what is behind"]
+    assert error < 1e-12
+    assert operators(module)["add"] == 1 and not {"mul", "sub"} & set(operators(module))
+    _, again = fold(module)
+    assert not again.sites and any("pads with zeros" in r.reason for r in again.refusals.values())
+
+
+def test_a_shift_behind_a_scale_of_zero_stays() -> None:
+    prepared_ = prepared(ScaledAndShifted((0.5, 0.0, 3.0, 1.0)))
+    prepared_.get_buffer("scale")[1] = 0  # random parameters have no zero
+    module, record = fold(prepared_)
+    assert not record.sites and operators(module)["mul"] == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -17,7 +17,8 @@ from vmkd_fx.passes.cleanup.axes import movement, permuted, reshaped, source_lay
 from vmkd_fx.passes.cleanup.constants import CONSTANTS
 from vmkd_fx.passes.cleanup.prefix_tokens import PREFIX_TOKENS
 from vmkd_fx.passes.cleanup.rolls import ROLLS
-from vmkd_fx.passes.cleanup.views import VIEWS
+from vmkd_fx.passes.cleanup.views import VIEWS, is_view
+from vmkd_fx.passes.cleanup.wide import MOST_AXES
 
 
 class Net(nn.Module):
@@ -56,6 +57,34 @@ class Shuffled(Net):
         return torch.tanh(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)).mean((2, 3))
 
 
+class Unrolled(Net):
+    """Three levels of 2 x 2 neighbours in a row, as Hiera orders its tokens: ten axes in one chain."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (16, 8)).permute(0, 2, 3, 1)
+        for level in range(3):
+            h, w, c = (16 >> level, 8 >> level, x.shape[-1])
+            x = x.reshape(-1, h // 2, 2, w // 2, 2, c).permute(0, 2, 4, 1, 3, 5)
+            x = x.reshape(-1, h // 2, w // 2, c)
+        return self.order(x.reshape(-1, 128, 8))
+
+    def order(self, tokens: Tensor) -> Tensor:
+        return (tokens * torch.arange(128.0).to(tokens)[:, None]).mean(1)
+
+
+class UnrolledLevels(Unrolled):
+    """The same with the levels before the batch: the batch moves too, and no list of places holds that."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (16, 8)).permute(0, 2, 3, 1)
+        for level in range(3):
+            h, w, c = (16 >> level, 8 >> level, x.shape[-1])
+            x = x.reshape(-1, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5)
+            x = x.reshape(-1, h // 2, w // 2, c)
+        x = torch.tanh(x.reshape(64, -1, 2, 1, 8)).permute(1, 0, 2, 3, 4)
+        return self.order(x.reshape(-1, 128, 8))
+
+
 class BatchInside(Net):
     """The batch is not the outer factor of an axis that it is part of."""
 
@@ -71,6 +100,16 @@ class ReadTwice(Net):
     def body(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)
         return flat.transpose(1, 2).mean(1) + torch.tanh(flat).mean(2)
+
+
+@pytest.mark.parametrize(("make", "gathers"), [(Unrolled, 1), (UnrolledLevels, 0)])
+def test_no_view_has_more_axes_than_an_engine_takes(make: type[Net], gathers: int) -> None:
+    error, module, _ = lowered_by(make(), VIEWS, size=(3, 32, 32))
+    assert error <= 1e-12
+    assert operators(module)["index_select"] == gathers
+    steps = [node.args[1] for node in module.graph.nodes if is_view(node)]
+    assert steps and max(len(step) for step in steps) <= MOST_AXES  # type: ignore[arg-type]
+    assert lowered_by(make(), VIEWS, VIEWS)[2].sites == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.random_specs import Net, step
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.verify import logits_of, probe_images, relative_error
+from vmkd_fx.models.cycle_fc import CycleFC
 from vmkd_fx.passes.circulant_mixer import CirculantConfig, inject_circulant_mixers
 from vmkd_fx.passes.lowering import LOWERING
 from vmkd_fx.passes.proof import Proof
@@ -68,9 +69,42 @@ class Shaped(nn.Module):
         return self.head(torch.tanh(self.norm(x.flatten(0, 1)).reshape_as(x)).flatten(1))
 
 
+class Layouts(nn.Module):
+    """Maps in both layouts: shifted channels, turns, an expansion, pieces and an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 3, padding=1)
+        self.shift, self.mix, self.head = CycleFC(8, 8, (1, 3)), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.normalize(self.stem(x), dim=1)
+        x = self.mix(torch.tanh(self.shift(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        one, two = self.conv(x).unflatten(1, (2, 4)).unbind(1)
+        x = self.conv(torch.cat([one, torch.sigmoid(two)], 1))
+        return self.head(torch.tanh(x).permute(0, 2, 3, 1).mean((1, 2)))
+
+
+class Neighbours(nn.Module):
+    """Overlapping windows, cut out and added up again, and bounds that are tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(128, 10)
+        self.register_buffer("low", torch.tensor(-0.6))
+        self.register_buffer("high", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = torch.nn.functional.unfold(self.stem(x), 3, padding=1, stride=2)
+        x = torch.nn.functional.fold(torch.tanh(windows), (4, 4), 3, padding=1, stride=2)
+        return self.head(x.clamp(self.low, self.high).flatten(1))
+
+
 def models() -> Iterator[nn.Module]:
     """Models small enough to be lowered in a second; each pass finds a site in one."""
     yield Shaped()
+    yield Layouts()
+    yield Neighbours()
     yield inject_circulant_mixers(vx.trace(small("mixer")), CirculantConfig(groups=4)).eval()
     yield FoldableNet()
     yield small("deit")

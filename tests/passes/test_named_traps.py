@@ -9,6 +9,7 @@ import torch
 
 import vmkd_fx as vx
 from tests.random_specs import Net, Step, step
+from tests.slow import rest_slow
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.verify import logits_of, relative_error
 from vmkd_fx.passes.rewrite import is_call
@@ -107,7 +108,7 @@ def convolutions(module: TracedModule) -> int:
     return sum(is_call(node, *operators) for node in module.graph.nodes)
 
 
-@pytest.mark.parametrize("values", ["random", "negative"])
+@pytest.mark.parametrize("values", rest_slow(["random", "negative"]))
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_trap_comes_out_right(trap: str, values: str) -> None:
     lowered_right(Net((16, 16), STEM + TRAPS[trap], "flatten", values=values))

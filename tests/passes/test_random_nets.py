@@ -114,7 +114,7 @@ SETTINGS = settings(deadline=None, database=None, print_blob=False, suppress_hea
 def test_random_networks_lower_right() -> None:
     tally = Tally()
 
-    @settings(SETTINGS, max_examples=40, derandomize=True)
+    @settings(SETTINGS, max_examples=20, derandomize=True)
     @given(nets())
     def run(net: Net) -> None:
         tally.check(net)

@@ -13,6 +13,7 @@ import vmkd_fx as vx
 import vmkd_fx.models.cycle_mlp
 from tests.checks import assert_computes_the_same, assert_is
 from tests.models import images, small
+from tests.slow import rest_slow
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.prediction import predicted
 from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
@@ -57,7 +58,7 @@ def step(module: TracedModule, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=("paper", "spatial", "channel", "third_party"))
+@pytest.mark.parametrize("config", rest_slow(CONFIGS), ids=("paper", "spatial", "channel", "third_party"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_trains_and_comes_out(family: str, config: StdConfig) -> None:
     model, size = student(family)
@@ -89,7 +90,7 @@ def test_tokens_leave_the_students_own_steps_alone(family: str) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=("paper", "spatial", "channel", "third_party"))
+@pytest.mark.parametrize("config", rest_slow(CONFIGS), ids=("paper", "spatial", "channel", "third_party"))
 @pytest.mark.parametrize("predict", ["mean", "dist"])
 def test_heads_can_stay_as_the_prediction(predict: str, config: StdConfig) -> None:
     """Whatever else training added is gone, with its weights."""

@@ -79,10 +79,11 @@ def deploy(
     require("torch", "train", "deploying a model")
     check_precision(precision, target.kind, calibrate)
     refuse_foreign(Path(out).resolve())
+    from vmkd_fx.passes.lowering import PORTABLE
     from vmkd_fx.passes.pipeline import lower
 
     asked = _asked(frames, preprocess)
-    lowered = lower(model, str(target), predict=predict, evaluate=evaluate, frames=asked)
+    lowered = lower(model, str(target), passes=PORTABLE, predict=predict, evaluate=evaluate, frames=asked)
     preprocess = _preprocess(lowered, preprocess)
     names = _labels(lowered, labels)
     with tempfile.TemporaryDirectory() as folder:

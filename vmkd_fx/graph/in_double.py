@@ -33,11 +33,27 @@ def floats(module: torch.nn.Module, *, every_name: bool = False) -> list[tuple[s
     return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
 
 
+def double_(module: TracedModule) -> TracedModule:
+    """The module in float64, in place; what a graph casts its frames to follows."""
+    module.double()
+    if module.info.frames is not None:
+        for cast in [cast for images in module.graph.find_nodes(op="placeholder") for cast in images.users]:
+            cast.args, cast.kwargs = (map_aggregate(given, _doubled) for given in (cast.args, cast.kwargs))
+        module.recompile()
+    return module
+
+
+def _doubled(value: Any) -> Any:
+    return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
 def name_double_(module: TracedModule) -> None:
     """Let the graph's operators name double precision wherever they name another; each remembers what it
-    named.
+    named, the first time.
     """
     for node in module.graph.nodes:
+        if _DTYPES in node.meta:
+            continue
         named: list[torch.dtype] = []
 
         def doubled(value: Any, named: list[torch.dtype] = named) -> Any:

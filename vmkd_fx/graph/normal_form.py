@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.functional import write_nothing, writes
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.graph.values import evaluating, reference_tensor
+from vmkd_fx.graph.values import evaluating, image_form, reference_tensor
 
 
 def normal_form(module: TracedModule) -> TracedModule:
@@ -28,9 +28,8 @@ def normal_form(module: TracedModule) -> TracedModule:
     Raises:
         TraceError: torch.export cannot follow the model, or it holds for one batch size alone.
     """
-    reference = reference_tensor(module)
-    size = module.info.need_input_size()
-    images = torch.zeros(2, *size, dtype=reference.dtype, device=reference.device)
+    shape, dtype = image_form(module, module.info.need_input_size())
+    images = torch.zeros(2, *shape, dtype=dtype, device=reference_tensor(module).device)
     with _quiet(), evaluating(module), torch.no_grad():
         try:
             program = torch.export.export(

@@ -14,12 +14,15 @@ from torch import nn
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.graph.values import evaluating, reference_tensor
+from vmkd_fx.graph.values import evaluating, image_form, reference_tensor
 
 TOLERANCE = 1e-12
 """Relative, in float64: rounding of a few hundred operations, each good to 1e-16."""
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+_FAINT = 0.01
+"""Of the deviation that keeps the size of what passes: a matrix below it shows next to nothing of it."""
 
 _SHIFTS = ("bias", "beta", "running_mean")
 
@@ -37,20 +40,22 @@ def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def probe_images(module: TracedModule, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Random images (B, C, H, W) of the model's size and dtype."""
+    """Random images of the model's size: normal (B, C, H, W) in its dtype, or the frames that it takes."""
     reference = reference_tensor(module)
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch, *module.info.need_input_size(), generator=generator, dtype=torch.float64)
-    return images.to(reference)
+    shape, dtype = image_form(module, module.info.need_input_size())
+    if not dtype.is_floating_point:
+        return torch.randint(256, (batch, *shape), generator=generator, dtype=dtype).to(reference.device)
+    return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(reference)
 
 
 def randomise_(module: AnyModule, seed: int = 0) -> AnyModule:
     """Give every per-channel scale, shift and running statistic a random value, in place.
 
     Scales and variances are uniform in (0.6, 1.4), shifts and means normal with deviation 0.3. Matrices and
-    kernels stay, for noise in them makes deep networks overflow; only those that are all zero, as fresh heads
-    often are, become random of deviation one over the root of the fan-in, for behind a zero nothing can be
-    seen.
+    kernels stay, for noise in them makes deep networks overflow; only those that are zero or close to it, as
+    fresh heads often are (BEiT's has a thousandth of the usual deviation), become random of deviation one
+    over the root of the fan-in, for behind a zero nothing can be seen. Numbers by themselves stay too.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,9 +67,12 @@ def randomise_(module: AnyModule, seed: int = 0) -> AnyModule:
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             tensor.data = tensor.data.contiguous()  # an expanded one has no place for each number
-            if tensor.numel() != max(tensor.shape, default=0):
-                if not bool(tensor.reshape(-1)[:1].any()) and not bool(tensor.any()):
-                    tensor.copy_(normal(tensor) / tensor[0].numel() ** 0.5)
+            if tensor.ndim > 1 and tensor.numel() != max(tensor.shape):
+                fan_in = tensor[0].numel()
+                if float(tensor.norm()) <= _FAINT * (tensor.numel() / fan_in) ** 0.5:
+                    tensor.copy_(normal(tensor) / fan_in**0.5)
+            elif tensor.ndim == 0 and bool(tensor):
+                continue
             elif name.rpartition(".")[2] in _SHIFTS:
                 tensor.copy_(0.3 * normal(tensor))
             else:

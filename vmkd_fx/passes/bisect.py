@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from vmkd_fx.errors import PassError, VerificationError
+from vmkd_fx.frames import Frames, parse_frames
+from vmkd_fx.graph.in_double import double_
 from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.verify import logits_of, relative_error
 from vmkd_fx.passes.compare import Difference, bisect_graphs
 from vmkd_fx.passes.evaluation import tidied
+from vmkd_fx.passes.frames import feed, frames_for
 from vmkd_fx.passes.lowering import chosen_passes
 from vmkd_fx.passes.pipeline import strip
 from vmkd_fx.passes.proof import Proof, first_wrong
@@ -76,6 +79,7 @@ def bisect(
     passes: Sequence[str | LoweringPass] | None = None,
     *,
     predict: str = "class",
+    frames: str | Frames | None = None,
 ) -> Bisection:
     """Run the passes one by one and find the first that is wrong, its first wrong site and the node.
 
@@ -83,16 +87,19 @@ def bisect(
     that failed.
 
     Args:
-        model, target, passes, predict: as for `lower`; the model is left as it was.
+        model, target, passes, predict, frames: as for `lower`; the model is left as it was.
 
     Raises:
         PassError: the passes are in an order that cannot work.
-        UnknownNameError: there is no such target or pass.
+        UnknownNameError: there is no such target, pass or kind of frames.
         TraceError: the model has no graph of ATen operators.
     """
     goal, chosen = parse_target(target), chosen_passes(passes)
-    source = strip(model, predict, copy=True).eval().double()
-    proof, _ = Proof.of(source)
+    source = strip(model, predict, copy=True).eval()
+    wanted = None if frames is None else frames_for(source.info, parse_frames(frames))
+    proof, _ = Proof.of(double_(source))
+    if wanted is not None:
+        feed(proof, wanted, goal)
     return Bisection(source.info.name, tuple(_tried(proof, lowering_pass, goal) for lowering_pass in chosen))
 
 

@@ -73,14 +73,17 @@ def bisect_graphs(
         images: (B, C, H, W); random ones by default, for which `before` must say their size.
 
     Raises:
-        ModelError: no images are given and `before` does not say their size.
+        ModelError: no images are given and `before` does not say their size, or one graph takes frames that
+            the other does not.
         TraceError: a traced module has no graph of ATen operators.
     """
     if images is None and not isinstance(before, TracedModule):
         raise ModelError(
             "what is compared does not say how large its images are: bisect_graphs(..., images=x)"
         )
-    images = (probe_images(before) if images is None else images).double()  # type: ignore[arg-type]
+    _refuse_other_input(before, after)
+    images = probe_images(before) if images is None else images  # type: ignore[arg-type]
+    images = images.double() if images.is_floating_point() else images
     precision = max(torch.finfo(reference_tensor(module).dtype).eps for module in (before, after))
     one, other = _in_double(before), _in_double(after)
     shared = _calls(one.graph.nodes) & _calls(other.graph.nodes)
@@ -140,6 +143,15 @@ def _name(node: Node) -> str:
 
 def _calls(nodes: Iterable[Node]) -> set[tuple[str, Any]]:
     return {(node.name, node.target) for node in nodes if node.op == "call_function"}
+
+
+def _refuse_other_input(before: GraphModule, after: GraphModule) -> None:
+    one, other = (getattr(getattr(module, "info", None), "frames", None) for module in (before, after))
+    if one != other:
+        raise ModelError(
+            f"one graph takes {one or 'normalised images'} and the other {other or 'normalised images'}: "
+            f"lower both with the same frames"
+        )
 
 
 def _in_double(module: GraphModule) -> GraphModule:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmkd_fx.errors import PassError, UnknownNameError
+from vmkd_fx.passes.cleanup.clamps import CLAMPS
 from vmkd_fx.passes.cleanup.constants import CONSTANTS
+from vmkd_fx.passes.cleanup.expands import EXPANDS
+from vmkd_fx.passes.cleanup.means import MEANS
 from vmkd_fx.passes.cleanup.prefix_tokens import PREFIX_TOKENS
 from vmkd_fx.passes.cleanup.rolls import ROLLS
 from vmkd_fx.passes.cleanup.shape_of import SHAPE_OF
+from vmkd_fx.passes.cleanup.shifts import SHIFTS
+from vmkd_fx.passes.cleanup.unbinds import UNBINDS
 from vmkd_fx.passes.cleanup.views import LAST_VIEWS, VIEWS
 from vmkd_fx.passes.engine.attention import ATTENTION
+from vmkd_fx.passes.engine.channels_first import CHANNELS_FIRST
 from vmkd_fx.passes.engine.flat_tokens import FLAT_TOKENS
+from vmkd_fx.passes.engine.fused_attention import FUSED_ATTENTION
+from vmkd_fx.passes.engine.gathered_heads import GATHERED_HEADS
 from vmkd_fx.passes.engine.heads import SPLIT_HEADS
 from vmkd_fx.passes.engine.norms import GROUP_NORMS
 from vmkd_fx.passes.engine.score_scale import SCORE_SCALE
 from vmkd_fx.passes.engine.token_linear import TOKEN_LINEAR
+from vmkd_fx.passes.engine.unfold import UNFOLD
 from vmkd_fx.passes.fold.channel_affine import CHANNEL_AFFINE
 from vmkd_fx.passes.fold.parallel import PARALLEL
 from vmkd_fx.passes.fold.serial import SERIAL
@@ -25,21 +34,33 @@ from vmkd_fx.passes.rewrite import LoweringPass
 LOWERING: tuple[LoweringPass, ...] = (
     CONSTANTS,
     SHAPE_OF,
+    CLAMPS,
+    UNFOLD,
     CIRCULANT,
     ATTENTION,
     SPLIT_HEADS,
+    UNBINDS,
     GROUP_NORMS,
     PREFIX_TOKENS,
+    EXPANDS,
     ROLLS,
+    SHIFTS,
+    MEANS,
     VIEWS,
     CHANNEL_AFFINE,
     PARALLEL,
     SERIAL,
     SCORE_SCALE,
+    FUSED_ATTENTION,
+    GATHERED_HEADS,
     TOKEN_LINEAR,
+    CHANNELS_FIRST,
     FLAT_TOKENS,
     LAST_VIEWS,
 )
+
+PORTABLE = tuple(one for one in LOWERING if one is not FUSED_ATTENTION)
+"""Without operators that one runtime alone reads: for a file that an engine may be built from later."""
 
 
 def chosen_passes(

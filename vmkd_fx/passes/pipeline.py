@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from vmkd_fx.errors import UnknownNameError
+from vmkd_fx.errors import ModelError, UnknownNameError
+from vmkd_fx.frames import Frames, parse_frames
 from vmkd_fx.graph.edit import named_outputs
-from vmkd_fx.graph.in_double import floats, leave_double_
+from vmkd_fx.graph.in_double import double_, floats, leave_double_
 from vmkd_fx.graph.receipt import undo
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.graph.sizes import Sizes
@@ -20,6 +21,7 @@ from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import reference_tensor
 from vmkd_fx.graph.verify import TOLERANCE, check_equal, logits_of, outputs_of, probe_images
+from vmkd_fx.passes.frames import feed, frames_for, normalised
 from vmkd_fx.passes.lowering import chosen_passes
 from vmkd_fx.passes.prediction import PREDICTIONS, keep_as_prediction, predicted, teacher_heads
 from vmkd_fx.passes.proof import PROVED, Proof
@@ -63,6 +65,7 @@ def lower(
     keep_going: bool = False,
     autotune: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
+    frames: str | Frames | None = None,
 ) -> TracedModule:
     """Strip, merge, lower and verify; the result computes the same logits with less.
 
@@ -77,6 +80,8 @@ def lower(
             runtime ("torch" or "onnxruntime"), where else a cost model chooses.
         evaluate: module to accuracy, on held-out images; the ledger then holds the accuracy of every
             prediction.
+        frames: "uint8" or "uint8:nhwc", "uint8:nchw", or `Frames` with a mean and std of your own: the result
+            takes bytes 0..255 in that layout and normalises them itself; else normalised (B, C, H, W).
 
     Returns:
         A graph with parameters of its own, in eval mode and the model's dtype; `ledger(result)` tells what
@@ -85,16 +90,23 @@ def lower(
     Raises:
         VerificationError: a pass changed the function by more than it may; names pass, site and error.
         PassError: the passes are in an order that cannot work, or one of them failed.
-        UnknownNameError: there is no such target or pass.
+        UnknownNameError: there is no such target, pass or kind of frames.
+        ModelError: the model takes other frames already, or frames and `evaluate` is given.
     """
     goal = parse_target(target)
     chosen = chosen_passes(passes, autotune)
     training = trace(model)
+    given = None if frames is None else frames_for(training.info, parse_frames(frames))
+    if evaluate is not None and training.info.frames is not None:
+        raise ModelError(
+            f"{training.info.name} takes frames {training.info.frames}, and evaluate= gives a model "
+            "normalised images: evaluate it before it is lowered"
+        )
     source = strip(training, predict, copy=True).eval()
     steps = [_measured(Step("training graph", training.info.name), training)]
     if training.receipts:
         steps.append(_measured(_check_strip(training, source, predict), source))
-    lowered, passed = _lowered(source, goal, chosen, keep_going)
+    lowered, passed = _lowered(source, goal, chosen, keep_going, given)
     accuracy = _accuracies(training, evaluate) if evaluate else {}
     lowered.meta["ledger"] = Ledger((*steps, *passed), accuracy)
     return lowered
@@ -106,26 +118,34 @@ def ledger(model: Any) -> Ledger:
 
 
 def _lowered(
-    source: TracedModule, target: Target, passes: Sequence[LoweringPass], keep_going: bool
+    source: TracedModule,
+    target: Target,
+    passes: Sequence[LoweringPass],
+    keep_going: bool,
+    frames: Frames | None,
 ) -> tuple[TracedModule, list[Step]]:
     """Run the passes in float64 on `source` and on a twin with random parameters, which proves each of
     them.
     """
     dtype, name = reference_tensor(source).dtype, source.info.name
     precisions = {path: tensor.dtype for path, tensor in floats(source, every_name=True)}
-    source = source.double()
+    source = double_(source)
     proof, idle = Proof.of(source)
     detail = f"ATen operators; {idle} nodes handed their input on"
     evaluated = Step("evaluation", detail, idle, error=proof.error, tolerance=TOLERANCE, checked=PROVED)
     steps = [_measured_operators(evaluated, proof.work)]
-    images = probe_images(source, batch=1)
-    expected = logits_of(proof.work, images)
+    expected = proof.work
+    if frames is not None:
+        steps.append(_measured_operators(feed(proof, frames, target), proof.work))
+    images = probe_images(proof.work, batch=1)
+    given = images if frames is None else normalised(images, frames)
+    logits = logits_of(expected, given)
     for lowering_pass in passes:
         step, changed = proof.run(lowering_pass, target, keep_going)
         sizes = {key: getattr(steps[-1], key) for key in ("nodes", "parameters", "multiply_adds")}
         steps.append(_measured_operators(step, proof.work) if changed else replace(step, **sizes))
     work = proof.work
-    error, bound = proof.hold(expected, logits_of(work, images), f"lowering {name}")
+    error, bound = proof.hold(logits, logits_of(work, images), f"lowering {name}")
     leave_double_(work, dtype, precisions, f"lowering {name}")
     total = replace(
         steps[-1],
@@ -167,7 +187,7 @@ def _measured(step: Step, module: TracedModule) -> Step:
 
 def _measured_operators(step: Step, module: TracedModule) -> Step:
     """The row with the sizes of a graph of ATen operators, which are counted one by one."""
-    sizes = Sizes(module, module.info.need_input_size(), reference_tensor(module).dtype)
+    sizes = Sizes(module, module.info.need_input_size())
     return _sized(step, module, sizes.multiply_adds(module.graph))
 
 

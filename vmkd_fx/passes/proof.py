@@ -39,6 +39,7 @@ class Proof:
         images: that the twin is run on.
         logits: what the twin makes of them.
         error: of the way so far into ATen operators.
+        model: the twin before any pass, and its images: what rounding does to them is the bound's measure.
     """
 
     work: TracedModule
@@ -46,6 +47,8 @@ class Proof:
     images: torch.Tensor
     logits: torch.Tensor
     error: float
+    model: tuple[TracedModule, torch.Tensor]
+    _rounding: float | None = None
 
     @classmethod
     def of(cls, source: TracedModule) -> tuple[Proof, int]:
@@ -59,12 +62,12 @@ class Proof:
             if name in random:
                 tensor.data = random[name].detach().clone()
         before, logits = logits_of(expected, images), logits_of(twin, images)
-        proof = cls(work, twin, images, logits, 0.0)
+        proof = cls(work, twin, images, logits, 0.0, (twin, images))
         proof.error, _ = proof.hold(before, logits, f"specialising {source.info.name} to evaluation")
         for module in (work, twin):
             name_double_(module)
             module.recompile()
-        proof.logits = logits_of(twin, images)
+        proof.logits, proof._rounding = logits_of(twin, images), None  # casts to float32 round no more
         return proof, idle
 
     def run(self, lowering_pass: LoweringPass, target: Target, keep_going: bool = False) -> tuple[Step, bool]:
@@ -115,10 +118,12 @@ class Proof:
         return error, bound
 
     def bound(self) -> float:
-        """1e-12, or a hundred times what the last bit of each weight makes in the model itself, to 1e-8 at
-        most.
+        """1e-12, or a hundred times what the last bit of each weight makes in the model before any pass, to
+        1e-8 at most: a pass that makes a graph worse at rounding gets no looser bound for it.
         """
-        return min(max(TOLERANCE, 100 * rounding_of(self.twin, self.images)), _LOOSEST)
+        if self._rounding is None:
+            self._rounding = rounding_of(*self.model)
+        return min(max(TOLERANCE, 100 * self._rounding), _LOOSEST)
 
     def _outcome(self, twin: TracedModule) -> tuple[torch.Tensor, float]:
         """What a rewritten twin computes and its error, infinite where it does not run."""

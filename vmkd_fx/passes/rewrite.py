@@ -25,7 +25,7 @@ from vmkd_fx.errors import PassError
 from vmkd_fx.graph.functional import writes
 from vmkd_fx.graph.sizes import Sizes
 from vmkd_fx.graph.traced import TracedModule
-from vmkd_fx.graph.values import attribute, reference_tensor
+from vmkd_fx.graph.values import attribute
 from vmkd_fx.passes.splice import splice
 from vmkd_fx.steps import Refusal, Site
 from vmkd_fx.target import Target
@@ -60,7 +60,7 @@ class Rewrite:
         self._spared = spared
         self._most = most
         self._point: Node | None = None
-        self._sizes = Sizes(module, module.info.need_input_size(), reference_tensor(module).dtype)
+        self._sizes = Sizes(module, module.info.need_input_size())
         self._written = {
             str(node.args[0].target)
             for node in self.graph.nodes

@@ -25,6 +25,7 @@ from pathlib import Path
 from vmkd_fx.deploy.tensorrt import Network
 from vmkd_fx.target import Profile
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 network = Network("tensorrt-rtx", Path(sys.argv[1]))
 threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGINT)).start()
 started = time.monotonic()

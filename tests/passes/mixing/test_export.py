@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vmkd_fx as vx
 from tests.models import images, small
 from tests.models_extra import test_gfnet as gfnets
+from tests.slow import rest_slow
 from vmkd_fx.deploy.engine import build
 from vmkd_fx.deploy.onnx_operators import translations
 from vmkd_fx.graph.traced import TracedModule
@@ -122,7 +123,7 @@ def assert_kept(student: TracedModule, operator: object, count: int) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("problem", [Problem((36,), 16, 4), Problem((6, 5), 8, 8)], ids=["line", "grid"])
+@pytest.mark.parametrize("problem", rest_slow([Problem((36,), 16, 4), Problem((6, 5), 8, 8)]))
 def test_an_engine_takes_every_realisation_that_fits(problem: Problem, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     kernel = torch.randn(problem.groups, *problem.grid, dtype=torch.float64)

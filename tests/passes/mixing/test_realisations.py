@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.slow import rest_slow
 from vmkd_fx.errors import ModelError
 from vmkd_fx.models.global_filter import global_filter
 from vmkd_fx.passes.circulant_mixer import circulant, circulant_by_matrices
@@ -57,7 +58,10 @@ def test_one_dimension(tokens: int, groups: int, channels: int) -> None:
     assert max(worst.values()) < 1e-12, worst
 
 
-@pytest.mark.parametrize("tokens", [196, 784])
+SIZES = rest_slow([196, 784])
+
+
+@pytest.mark.parametrize("tokens", SIZES)
 def test_the_sizes_of_real_models(tokens: int) -> None:
     problem, x, weight = problem_of(tokens, 2, 4)
     expected = circulant(x, weight)
@@ -87,7 +91,7 @@ def test_groups_on_a_grid() -> None:
         assert error(one(x, kernel), expected) < 1e-12, one.name
 
 
-@pytest.mark.parametrize("tokens", [196, 784])
+@pytest.mark.parametrize("tokens", SIZES)
 def test_in_single_precision_with_constants_from_double(tokens: int) -> None:
     problem, x, weight = problem_of(tokens, 2, 4)
     expected = circulant(x, weight)

@@ -13,12 +13,13 @@ import torch
 import vmkd_fx as vx
 from tests.models import images, small
 from tests.passes.lowering import operators
+from tests.slow import rest_slow
 from vmkd_fx.models import register
 from vmkd_fx.passes.circulant_mixer import CirculantConfig, inject_circulant_mixers
 
 
 @pytest.mark.parametrize("target", ["torch", "onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("family", ["mixer", "resmlp", "gmlp"])
+@pytest.mark.parametrize("family", rest_slow(["mixer", "resmlp", "gmlp"]))
 def test_every_circulant_mixer_is_realised(family: str, target: str) -> None:
     student = inject_circulant_mixers(vx.trace(small(family)), CirculantConfig(groups=4)).eval()
     lowered = vx.lower(student, target)

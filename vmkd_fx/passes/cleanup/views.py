@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from vmkd_fx.passes.cleanup.axes import Layout, Length, Movement, movement, permuted, reshaped, source_layout
+from vmkd_fx.passes.cleanup.wide import gather, is_wide, moved_axes
 from vmkd_fx.passes.fold.moves import PERMUTES, RESHAPES, permutation
 from vmkd_fx.passes.rewrite import LoweringPass, Rewrite, argument, is_call
 
@@ -70,7 +71,8 @@ def _write(rewrite: Rewrite, node: Node, chain: Sequence[Node]) -> None:
         assert isinstance(source, Node)
         if start and not _is_needed(source):
             continue
-        if (found := _movement(rewrite, source, chain[start:])) is not None:
+        found = _movement(rewrite, source, chain[start:])
+        if found is not None and (not is_wide(found) or moved_axes(found) is not None):
             options.append((len(found), source, found))
     if options:
         _, source, best = min(options, key=lambda option: option[0])
@@ -82,6 +84,9 @@ def _write(rewrite: Rewrite, node: Node, chain: Sequence[Node]) -> None:
 
 def _move(rewrite: Rewrite, node: Node, source: Node, best: Movement) -> None:
     if _is_written(node, source, best) or not rewrite.take(node, "chains of views"):
+        return
+    if is_wide(best):
+        rewrite.replace(node, gather(rewrite, source, best))
         return
     value = source
     if best.into is not None:

@@ -2,9 +2,9 @@
 
     x W^T + b  on two axes is one Gemm; on three it is a matrix product and an addition of its own
 
-Linear layers, norms over channels, activations and sums of such values form regions. A region changes its
-shape where that saves more additions than it costs reshapes; next to another reshape one costs nothing, for
-the two become one.
+Linear layers, norms over channels, activations and sums of such values form regions, and reshapes that keep
+the channels are none inside one. A region changes its shape where that saves more additions and reshapes than
+it costs reshapes; next to another reshape one costs nothing, for the two become one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def flatten_tokens(rewrite: Rewrite) -> None:
         entries = _entries(rewrite, region)
         exits = [node for node in region if any(user not in region for user in node.users)]
         saved = sum(is_call(node, aten.linear) and argument(node, "bias") is not None for node in region)
-        cost = sum(not is_call(source, *RESHAPES) for source in entries) + sum(
+        saved += sum(_keeps_channels(rewrite, node) for node in region)
+        cost = sum(not _enters_freely(rewrite, source) for source in entries) + sum(
             not _leaves_freely(node, region) for node in exits
         )
         if saved <= cost:
@@ -51,12 +52,10 @@ def _regions(rewrite: Rewrite) -> list[dict[Node, None]]:
             node = parent[node]
         return node
 
-    for node in rewrite.graph.nodes:
-        if not _is_member(rewrite, node):
-            continue
+    for node in _members(rewrite):
         parent[node] = node
         for source in node.all_input_nodes:
-            if source in parent and rewrite.shape(source)[:-1] == rewrite.shape(node)[:-1]:
+            if source in parent and _in_step(rewrite, source, node):
                 parent[root(source)] = root(node)
     regions: dict[Node, dict[Node, None]] = defaultdict(dict)
     for node in parent:
@@ -64,10 +63,24 @@ def _regions(rewrite: Rewrite) -> list[dict[Node, None]]:
     return [region for region in regions.values() if any(is_call(node, aten.linear) for node in region)]
 
 
+def _members(rewrite: Rewrite) -> list[Node]:
+    """What may be flattened, in order. A Linear without a bias saves nothing, so that it is left out at the
+    end of a region: what it reads leaves the region once, for all such Linears.
+    """
+    members: dict[Node, None] = {}
+    for node in reversed(rewrite.graph.nodes):
+        plain = is_call(node, aten.linear) and argument(node, "bias") is None
+        if _is_member(rewrite, node) and not (plain and members.keys().isdisjoint(node.users)):
+            members[node] = None
+    return list(members)[::-1]
+
+
 def _is_member(rewrite: Rewrite, node: Node) -> bool:
     if node.op != "call_function" or not hasattr(rewrite.held(node)[0], "shape"):
         return False
     shape = rewrite.shape(node)
+    if _keeps_channels(rewrite, node):
+        return True
     if len(shape) < 3 or rewrite.batched(node) is None or rewrite.batched(node) == len(shape) - 1:
         return False
     if is_call(node, aten.linear):
@@ -79,6 +92,27 @@ def _is_member(rewrite: Rewrite, node: Node) -> bool:
     if is_call(node, aten.add, aten.mul, aten.sub):
         return all(_is_operand(rewrite, operand, shape) for operand in node.args[:2])
     return False
+
+
+def _keeps_channels(rewrite: Rewrite, node: Node) -> bool:
+    """Whether a reshape only counts the tokens otherwise."""
+    if not is_call(node, *RESHAPES):
+        return False
+    ends: tuple[Any, Node] = (node.args[0], node)
+    return all(
+        len(rewrite.shape(value)) > 1
+        and rewrite.batched(value) == 0
+        and rewrite.shape(value)[-1] == rewrite.shape(node)[-1]
+        for value in ends
+    )
+
+
+def _in_step(rewrite: Rewrite, source: Node, node: Node) -> bool:
+    return _keeps_channels(rewrite, node) or rewrite.shape(source)[:-1] == rewrite.shape(node)[:-1]
+
+
+def _enters_freely(rewrite: Rewrite, source: Node) -> bool:
+    return is_call(source, *RESHAPES) or len(rewrite.shape(source)) == 2
 
 
 def _is_operand(rewrite: Rewrite, operand: object, shape: tuple[int, ...]) -> bool:
@@ -107,7 +141,9 @@ def _flatten(rewrite: Rewrite, region: dict[Node, None]) -> None:
         rewrite.at(node)
         args: list[Any] = []
         for given in node.args:
-            if isinstance(given, Node) and given not in flat and rewrite.constant(given) is None:
+            if isinstance(given, Node) and given not in flat and len(rewrite.shape(given)) == 2:
+                flat[given] = given
+            elif isinstance(given, Node) and given not in flat and rewrite.constant(given) is None:
                 flat[given] = rewrite.call(aten.reshape.default, given, [-1, rewrite.shape(given)[-1]])
             elif (
                 isinstance(given, Node)
@@ -118,7 +154,7 @@ def _flatten(rewrite: Rewrite, region: dict[Node, None]) -> None:
                 args.append(rewrite.put(constant.reshape(-1), like=given))
                 continue
             args.append(flat.get(given, given) if isinstance(given, Node) else given)
-        flat[node] = rewrite.call(node.target, *args, **node.kwargs)
+        flat[node] = args[0] if is_call(node, *RESHAPES) else rewrite.call(node.target, *args, **node.kwargs)
     for node in region:
         readers = [user for user in node.users if user not in region]
         if readers:

@@ -13,7 +13,7 @@ from vmkd_fx.passes.rewrite import Rewrite, argument, is_call
 
 aten = torch.ops.aten
 
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def pieces_of(rewrite: Rewrite, source: Node) -> list[Piece] | None:
     """Everybody who reads `source`, as pieces; None if somebody reads it otherwise."""
     readers: list[Node] = []
     for user in source.users:
-        readers += list(user.users) if is_call(user, aten.unbind, *_SPLITS) else [user]
+        readers += list(user.users) if is_call(user, aten.unbind, *SPLITS) else [user]
     pieces = [piece for reader in readers if (piece := piece_of(rewrite, reader)) and piece.source is source]
     return pieces if len(pieces) == len(readers) else None
 
@@ -91,7 +91,7 @@ def _item(rewrite: Rewrite, node: Node) -> Piece | None:
     if is_call(parent, aten.unbind):
         axis, length = _axis(rewrite, parent, parent.args[0])
         return Piece(node, parent.args[0], axis, index % length, index % length + 1, False)  # type: ignore[arg-type]
-    if not is_call(parent, *_SPLITS):
+    if not is_call(parent, *SPLITS):
         return None
     source = parent.args[0]
     assert isinstance(source, Node)

@@ -19,8 +19,8 @@ from vmkd_fx.passes.rewrite import Rewrite, argument, is_call
 
 aten = torch.ops.aten
 
-_ONE = torch.ones((), dtype=torch.float64)
-_ZERO = torch.zeros((), dtype=torch.float64)
+ONE = torch.ones((), dtype=torch.float64)
+ZERO = torch.zeros((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AffineReader:
         return None if found is None or found.base is node else found
 
     def _reading(self, node: Node) -> ChannelAffine:
-        itself = ChannelAffine(node, _ONE, _ZERO, frozenset())
+        itself = ChannelAffine(node, ONE, ZERO, frozenset())
         found = self._batch_norm(node) or self._arithmetic(node)
         if found is None or len(long_axes(found.scale) | long_axes(found.shift)) > 1:
             return itself
@@ -64,7 +64,7 @@ class AffineReader:
 
     def _arithmetic(self, node: Node) -> ChannelAffine | None:
         if is_call(node, aten.neg):
-            return self._scaled(node.args[0], -_ONE)
+            return self._scaled(node.args[0], -ONE)
         if is_call(node, aten.addcmul):
             shift, left, right = node.args
             product = self._product(left, right, node)
@@ -96,8 +96,8 @@ class AffineReader:
         if (constant := self._constant(right, node)) is not None:
             return _sum(self._readings.get(left), sign * constant)
         if (constant := self._constant(left, node)) is not None:
-            return _sum(self._scaled(right, sign * _ONE), constant)
-        one, other = self._readings.get(left), self._scaled(right, sign * _ONE)
+            return _sum(self._scaled(right, sign * ONE), constant)
+        one, other = self._readings.get(left), self._scaled(right, sign * ONE)
         if one is None or other is None or one.base is not other.base:
             return None
         return ChannelAffine(

@@ -4,7 +4,8 @@
     GN(x; g, b), then RIFormer's affine(n) - n, s' = s - 1 (Eq. 4): the same with s' and t
 
 An affine goes into what computes its input, through layouts and averages, if nobody else reads that; else
-into everything that reads its result, if each of that can take it. All are exact; in float64 they round to
+into everything that reads its result, if each of that can take it, and its scale alone where the shift cannot
+go (`s x + t = s (x + t / s)`). All are exact; in float64 they round to
 1e-16 a merge. What is refused is listed with its reason: a reader beside the affine, weights used twice,
 another axis, a shift into zero padding.
 """

@@ -1,20 +1,23 @@
 """Push a channel affine behind what reads it, until matrices or constants take it everywhere.
 
     W (s x + t) + b = (W s) x + (b + W t)        (s p + t) - (s n + t) = s (p - n)        g (s x) = (g s) x
+    s x + t = s (x + t / s)
 
-The second is PoolFormer's pooling minus its input: the norm's shift cancels and its scale goes on.
+The second is PoolFormer's pooling minus its input: the norm's shift cancels and its scale goes on. The last
+is for a shift that cannot go on, into zero padding say: its scale does, and one addition stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from vmkd_fx.passes.fold.absorb import absorb_before, refusal_before
-from vmkd_fx.passes.fold.affine import ChannelAffine
+from vmkd_fx.passes.fold.affine import ZERO, ChannelAffine
 from vmkd_fx.passes.fold.holders import holder_of
 from vmkd_fx.passes.fold.moves import Pair, forward, moves
 from vmkd_fx.passes.rewrite import Rewrite, argument, is_call
@@ -24,9 +27,47 @@ aten = torch.ops.aten
 Change = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What has to change behind an affine, and the nodes on the way and at its ends."""
+
+    changes: list[Change]
+    touched: set[Node]
+
+
 def push_forward(rewrite: Rewrite, root: Node, affine: ChannelAffine, changed: set[Node]) -> int | str:
-    """Take the affine that ends in `root` away, if everything behind it can take it; else the reason."""
-    carried: dict[Node, Pair] = {root: (affine.scale, affine.shift)}
+    """Take the affine that ends in `root`, or its scale alone, away if everything behind can take it; else
+    the reason.
+    """
+    plan, centre = _plan(rewrite, root, (affine.scale, affine.shift), changed), None
+    if isinstance(plan, str):
+        centre = _centre(affine)
+        scale = plan if centre is None else _plan(rewrite, root, (affine.scale, ZERO), changed)
+        if isinstance(scale, str):
+            return plan
+        plan = scale
+    if not rewrite.take(root, "into what is behind" if centre is None else "scales into what is behind"):
+        return 0
+    base = affine.base
+    if centre is not None:
+        base = rewrite.call(aten.add.Tensor, base, rewrite.put(centre))
+    for change in plan.changes:
+        change()
+    root.replace_all_uses_with(base)
+    changed |= {root, *affine.members, *plan.touched}
+    return 1
+
+
+def _centre(affine: ChannelAffine) -> torch.Tensor | None:
+    """t / s, where adding it is less than what computes the affine now; None elsewhere."""
+    scale, shift = affine.scale, affine.shift
+    splits = bool(shift.any()) and bool((scale != 0).all()) and not bool((scale == 1).all())
+    return shift / scale if splits and len(affine.members) > 1 else None
+
+
+def _plan(rewrite: Rewrite, root: Node, pair: Pair, changed: set[Node]) -> _Plan | str:
+    """How everything behind `root` takes the affine; else the reason why it cannot."""
+    carried: dict[Node, Pair] = {root: pair}
     changes: list[Change] = []
     ends: set[Node] = set()
     pending = _readers(root)
@@ -47,13 +88,7 @@ def push_forward(rewrite: Rewrite, root: Node, affine: ChannelAffine, changed: s
             ends.add(node)
     if len(ends) == 0:
         return "nobody reads it"
-    if not rewrite.take(root, "into what is behind"):
-        return 0
-    for change in changes:
-        change()
-    root.replace_all_uses_with(affine.base)
-    changed |= {root, *affine.members, *carried, *ends}
-    return 1
+    return _Plan(changes, {*carried, *ends})
 
 
 def _readers(node: Node) -> set[Node]:

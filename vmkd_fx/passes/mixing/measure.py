@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import io
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vmkd_fx.errors import BuildError
 from vmkd_fx.extras import require
 from vmkd_fx.passes.mixing.problem import Problem, Realisation
+from vmkd_fx.timing import in_turns, seconds_of
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 
@@ -87,21 +87,11 @@ def measure(
 
 def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each call. Each is called once to warm up; a very slow one keeps that time."""
-    first = {name: _time(call) for name, call in calls.items()}
+    first = {name: seconds_of(call) for name, call in calls.items()}
     limit = _LEFT_BEHIND * min(first.values(), default=0.0)
-    kept = [name for name in calls if first[name] <= limit]
-    times: dict[str, list[float]] = {name: [] for name in kept}
-    end = time.perf_counter() + seconds
-    while kept and (len(times[kept[0]]) < 5 or time.perf_counter() < end) and len(times[kept[0]]) < 200:
-        for name in kept:
-            times[name].append(_time(calls[name]))
-    return {name: statistics.median(times[name]) if name in times else first[name] for name in calls}
-
-
-def _time(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+    kept = {name: call for name, call in calls.items() if first[name] <= limit}
+    times = in_turns(kept, turns=5, seconds=seconds, most=200)
+    return {name: float(np.median(times[name])) if name in times else first[name] for name in calls}
 
 
 def torch_call(module: nn.Module, x: Tensor) -> Callable[[], object]:
