@@ -18,7 +18,7 @@ from vmkd_fx.deploy.decode import decode
 from vmkd_fx.deploy.preprocess import Preprocess
 from vmkd_fx.errors import ModelError, OutputError, UnknownNameError
 from vmkd_fx.graph.verify import randomise_
-from vmkd_fx.passes.lowering import LOWERING
+from vmkd_fx.passes.lowering import PORTABLE
 from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 
 
@@ -39,13 +39,25 @@ def test_the_ledger_reaches_the_bundle(tmp_path: Path) -> None:
     model = vx.trace(FoldableNet(), input_size=(3, 32, 32))
     manifest = read_bundle(vx.deploy(model, tmp_path / "b", labels=[f"c{i}" for i in range(10)])).manifest
     names = [step.name for step in manifest.ledger.steps]
-    assert names == ["training graph", "evaluation", *(step.name for step in LOWERING), "lowered", "onnx"]
+    assert names == ["training graph", "evaluation", *(step.name for step in PORTABLE), "lowered", "onnx"]
     assert manifest.ledger.steps[-1].error < 1e-5
     assert manifest.labels[3] == "c3"
     said = {prop.key: prop.value for prop in onnx.load(tmp_path / "b" / "model.onnx").metadata_props}
     assert json.loads(said["vmkd.labels"]) == list(manifest.labels)
     assert decode(Preprocess, json.loads(said["vmkd.preprocess"]), "it") == manifest.preprocess
     assert json.loads(said["vmkd.versions"]) == manifest.created_with
+
+
+def test_a_bundle_holds_no_operator_of_one_runtime(tmp_path: Path) -> None:
+    """An engine can be built from it later, though it was lowered for ONNX Runtime."""
+    model = small("deit")
+    vx.export(vx.lower(model, "onnxruntime"), tmp_path / "m.onnx")
+    vx.deploy(model, tmp_path / "b")
+    domains = [
+        {node.domain for node in onnx.load(path).graph.node}
+        for path in (tmp_path / "m.onnx", tmp_path / "b" / "model.onnx")
+    ]
+    assert domains == [{"", "com.microsoft"}, {""}]
 
 
 @pytest.mark.engine

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.utils.parametrizations import weight_norm
 
 import vmkd_fx as vx
@@ -251,3 +254,28 @@ def test_what_does_not_fit_into_half_is_refused() -> None:
         model.bn.running_var.fill_(1e-7)
     with pytest.raises(VerificationError, match=r"does not fit into torch\.float16"):
         vx.lower(vx.trace(model.half(), input_size=(3, 8, 8)))
+
+
+class Careful(nn.Module):
+    """Attention that leaves autocast and computes in single precision, as EfficientViT's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            weights = torch.softmax(x.float().flatten(2), -1)
+            x = (weights * x.float().flatten(2)).sum(-1).to(dtype)
+        return self.head(x)
+
+
+def test_a_block_without_autocast_is_part_of_the_graph() -> None:
+    model = Careful().eval()
+    x = torch.randn(3, 3, 16, 16)
+    lowered = vx.lower(vx.trace(deepcopy(model), input_size=(3, 16, 16)))
+    assert not any(isinstance(part, GraphModule) for part in list(lowered.modules())[1:])
+    torch.testing.assert_close(lowered(x), model(x))
+    assert pickle.loads(pickle.dumps(lowered))(x).equal(lowered(x))

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ def _over_the_same_parameters(module: TracedModule, exported: nn.Module) -> Trac
     assert isinstance(exported, GraphModule)
     _drop_checks(exported)
     root = GraphModule(exported, _plain(exported.graph))
+    _open_plain_blocks(root)
     held = dict(_tensors(module))
     for path, tensor in _tensors(root):
         if path in held and held[path] is not tensor and held[path].shape == tensor.shape:
@@ -66,6 +68,37 @@ def _drop_checks(exported: GraphModule) -> None:
             ):
                 block.graph.erase_node(node)
             block.recompile()
+
+
+def _open_plain_blocks(root: GraphModule) -> None:
+    """Blocks without autocast become part of the graph around them, where passes reach them."""
+    while blocks := [node for node in root.graph.nodes if _plain_block(root, node) is not None]:
+        for node in blocks:
+            block = _plain_block(root, node)
+            assert block is not None
+            inputs = dict(zip(block.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
+            for step in block.graph.nodes:
+                step.meta.clear()
+            with root.graph.inserting_before(node):
+                result = root.graph.graph_copy(block.graph, inputs)
+            for item in list(node.users):
+                if isinstance(result, (tuple, list)):
+                    item.replace_all_uses_with(result[item.args[1]])
+                    root.graph.erase_node(item)
+            if isinstance(result, Node):
+                node.replace_all_uses_with(result)
+            root.graph.erase_node(node)
+    root.graph.eliminate_dead_code()
+
+
+def _plain_block(root: GraphModule, node: Node) -> GraphModule | None:
+    """The graph that `node` runs with autocast switched off; None for anything else."""
+    if node.target is not torch.ops.higher_order.wrap_with_autocast or node.args[2] is not False:
+        return None
+    held: Any = node.args[4]
+    block = root.get_submodule(held.target)
+    assert isinstance(block, GraphModule)
+    return None if block.graph.find_nodes(op="get_attr") else block
 
 
 def _plain(exported: Graph) -> Graph:
