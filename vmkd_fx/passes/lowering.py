@@ -19,7 +19,7 @@ from vmkd_fx.passes.engine.attention import ATTENTION
 from vmkd_fx.passes.engine.channels_first import CHANNELS_FIRST
 from vmkd_fx.passes.engine.flat_tokens import FLAT_TOKENS
 from vmkd_fx.passes.engine.fused_attention import FUSED_ATTENTION
-from vmkd_fx.passes.engine.gathered_heads import GATHERED_HEADS
+from vmkd_fx.passes.engine.gathered_pieces import GATHERED_PIECES
 from vmkd_fx.passes.engine.heads import SPLIT_HEADS
 from vmkd_fx.passes.engine.norms import GROUP_NORMS
 from vmkd_fx.passes.engine.score_scale import SCORE_SCALE
@@ -52,11 +52,11 @@ LOWERING: tuple[LoweringPass, ...] = (
     SERIAL,
     SCORE_SCALE,
     FUSED_ATTENTION,
-    GATHERED_HEADS,
     TOKEN_LINEAR,
     CHANNELS_FIRST,
     FLAT_TOKENS,
     LAST_VIEWS,
+    GATHERED_PIECES,
 )
 
 PORTABLE = tuple(one for one in LOWERING if one is not FUSED_ATTENTION)

@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def in_full_precision(function: Function) -> Function:
     """A function or method that computes without autocast, float16 and bfloat16 arguments as float32.
 
-    float32 and float64 stay what they are. Tensors in lists and tuples count as arguments.
+    float32 and float64 stay what they are. Tensors in lists, tuples and dictionaries count as arguments.
     """
 
     @wraps(function)
@@ -32,11 +32,13 @@ def in_full_precision(function: Function) -> Function:
 
 
 def widened(value: Any) -> Any:
-    """Half-precision tensors as float32, in lists and tuples too; everything else as it is."""
+    """Half-precision tensors as float32, in lists, tuples and dictionaries too; everything else as it is."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if type(value) in (list, tuple):
         return type(value)([widened(item) for item in value])
+    if type(value) is dict:
+        return {name: widened(item) for name, item in value.items()}
     return value
 
 
@@ -46,6 +48,8 @@ def _devices(values: Iterable[Any]) -> Any:
             yield value.device.type
         elif type(value) in (list, tuple):
             yield from _devices(value)
+        elif type(value) is dict:
+            yield from _devices(value.values())
 
 
 def _without_autocast(device: str) -> Any:

@@ -1,7 +1,8 @@
-"""Heads as gathers: the same numbers, no shape arithmetic in TensorRT's network, no other split touched."""
+"""Pieces as gathers: the same numbers, and no shape arithmetic in TensorRT's network."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,9 @@ from tests.deploy.conftest import needs_builder
 from tests.models import small
 from tests.passes.lowering import lowered_by, normal, operators, rewritten
 from tests.passes.test_attention_pass import (
-    HEADS,
-    TOKENS,
-    WIDTH,
     AttentionNet,
     Behind,
     Channels,
-    Heads,
     Selected,
 )
 from vmkd_fx.deploy.onnx_export import export
@@ -27,7 +24,7 @@ from vmkd_fx.graph.verify import logits_of, probe_images, relative_error
 from vmkd_fx.passes.cleanup.constants import CONSTANTS
 from vmkd_fx.passes.cleanup.views import VIEWS
 from vmkd_fx.passes.engine.attention import ATTENTION
-from vmkd_fx.passes.engine.gathered_heads import GATHERED_HEADS
+from vmkd_fx.passes.engine.gathered_pieces import GATHERED_PIECES
 from vmkd_fx.passes.engine.heads import SPLIT_HEADS
 from vmkd_fx.passes.engine.score_scale import SCORE_SCALE
 
@@ -35,35 +32,36 @@ SIZE = (3, 16, 16)
 BEFORE = (ATTENTION, SPLIT_HEADS, VIEWS, SCORE_SCALE)
 
 
-class ReadWhole(AttentionNet):
-    """The heads are read before they are cut, too."""
+Cut = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    def cut(self, x: torch.Tensor) -> Heads:
-        heads = self.qkv(x).reshape(-1, TOKENS, 3 * HEADS, WIDTH).transpose(1, 2)
-        self.whole = heads.mean((1, 3))
-        q, k, v = heads.split(HEADS, 1)
-        return q, k, v
 
-    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return (q @ k.transpose(-2, -1)).softmax(-1) @ v + self.whole[:, None, :, None]
+def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = x.split(8, 1)
+    return one, other
+
+
+def sliced(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[:, :8, :, 1:], x[:, 8:, :, :-1]
 
 
 class Gated(nn.Module):
-    """A split of a convolution's channels."""
+    """A convolution's channels, one part times the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, cut: Cut) -> None:
         super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(8, 10)
+        self.cut = cut
+        self.stem = nn.Conv2d(3, 16, 4, 4)
+        self.head = nn.Linear(8, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        one, other = self.stem(x).split(8, 1)
+        one, other = self.cut(self.stem(x))
         return self.head((one * other.sigmoid()).mean((2, 3)))
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("make", [AttentionNet, Selected, Behind, Channels])
 def test_every_cut_of_heads_is_a_gather(make: type[AttentionNet], target: str) -> None:
-    error, module, record = lowered_by(make(), *BEFORE, GATHERED_HEADS, target=target, size=SIZE)
+    error, module, record = lowered_by(make(), *BEFORE, GATHERED_PIECES, target=target, size=SIZE)
     assert error < 1e-12
     assert len(record.sites) == 1
     found = operators(module)
@@ -73,30 +71,25 @@ def test_every_cut_of_heads_is_a_gather(make: type[AttentionNet], target: str) -
 def test_the_same_numbers_move() -> None:
     """What is left is the order in which a product over values that lie together is summed."""
     before, _ = rewritten(normal(small("deit")), CONSTANTS, *BEFORE, target="tensorrt-rtx")
-    after, record = rewritten(before, GATHERED_HEADS, target="tensorrt-rtx")
+    after, record = rewritten(before, GATHERED_PIECES, target="tensorrt-rtx")
     assert record.sites
     images = probe_images(before, 3)
     assert relative_error(logits_of(before, images), logits_of(after, images)) < 1e-14
-    assert not rewritten(after, GATHERED_HEADS, target="tensorrt-rtx")[1].sites
+    assert not rewritten(after, GATHERED_PIECES, target="tensorrt-rtx")[1].sites
 
 
 @pytest.mark.parametrize("target", ["torch", "onnxruntime"])
 def test_other_targets_keep_their_split(target: str) -> None:
-    _, module, record = lowered_by(AttentionNet(), *BEFORE, GATHERED_HEADS, target=target, size=SIZE)
+    _, module, record = lowered_by(AttentionNet(), *BEFORE, GATHERED_PIECES, target=target, size=SIZE)
     assert not record.sites and not operators(module)["index_select"]
 
 
-def test_other_splits_stay() -> None:
-    error, module, record = lowered_by(Gated(), GATHERED_HEADS, target="tensorrt-rtx")
+@pytest.mark.parametrize(("cut", "gathers"), [(split, 2), (sliced, 4)])
+def test_channels_of_a_convolution(cut: Cut, gathers: int) -> None:
+    error, module, record = lowered_by(Gated(cut), VIEWS, GATHERED_PIECES, target="tensorrt-rtx")
     assert error < 1e-12
-    assert not record.sites and not record.refusals and operators(module)["split"] == 1
-
-
-def test_heads_that_are_read_whole_stay() -> None:
-    error, module, record = lowered_by(ReadWhole(), GATHERED_HEADS, target="tensorrt-rtx", size=SIZE)
-    assert error < 1e-12
-    (refusal,) = record.refusals.values()
-    assert "is read whole, too" in refusal.reason and operators(module)["split"] == 1
+    found = operators(module)
+    assert record.sites and found["index_select"] == gathers and not found["split"] and not found["slice"]
 
 
 @needs_builder
@@ -105,7 +98,7 @@ def test_tensorrt_needs_no_arithmetic_for_them(tmp_path: Path) -> None:
     """The bounds of a split's pieces are put together by concatenations of shapes."""
     import tensorrt_rtx as trt
 
-    _, module, _ = lowered_by(AttentionNet(), *BEFORE, GATHERED_HEADS, target="tensorrt-rtx", size=SIZE)
+    _, module, _ = lowered_by(AttentionNet(), *BEFORE, GATHERED_PIECES, target="tensorrt-rtx", size=SIZE)
     export(module.float(), tmp_path / "m.onnx", input_size=SIZE)
     network = Network("tensorrt-rtx", tmp_path / "m.onnx")
     kinds = [network._network.get_layer(index).type for index in range(network.layers)]
