@@ -86,10 +86,11 @@ def test_names_that_are_no_member(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_the_table_shows_every_figure_and_every_reason() -> None:
-    good = Engine(50, "any", 3e-7, 1e-5, 136, 120, [86, 89, 120], 2_000_000)
-    fixed = Engine(60, "1", 2e-4, 5e-4, 70, 70, [86], 2_000_000)
+    good = Engine(50, "any", 3e-7, 1e-5, None, 136, 120, [86, 89, 120], 2_000_000)
+    half = Engine(52, "any", 2e-7, 1e-5, 4e-4, 138, 138, [86, 89, 120], 1_000_000)
+    fixed = Engine(60, "1", 2e-4, 5e-4, None, 70, 70, [86], 2_000_000)
     rows = [
-        Deployment("vit_a", "vit", 32, {"depth": 2}, [63, 55], 1e-16, 1e-12, {"fp32": good}),
+        Deployment("vit_a", "vit", 32, {"depth": 2}, [63, 55], 1e-16, 1e-12, {"fp32": good, "fp16": half}),
         Deployment(
             "net_b", "net", 64, {}, [9, 8], 2e-11, 3e-11, {"fp32": fixed}, {"fp32, engine": "no SM89"}
         ),
@@ -102,9 +103,11 @@ def test_the_table_shows_every_figure_and_every_reason() -> None:
         "| fp32: layers at most 1.1 times those for a batch of one | 1 of 3 |",
         "| fp32: built for SM86 | 2 of 3 |",
         "| fp32: built for SM89 | 1 of 3 |",
-        "| vit | `vit_a`\\* | 32 | 63 -> 55 | 1e-16 | 1e-12 | 50 | 3e-07 | 136 | 120 | 86 89 120 |",
+        "| vit | `vit_a`\\* | 32 | 63 -> 55 | 1e-16 | 1e-12 | 50 | 3e-07 | 136 | 120 | 86 89 120 "
+        "| 52 | 2e-07 | 4e-04 | 138 | 138 | 86 89 120 |",
         "| net | `net_b` | 64 | 9 -> 8 | 2e-11 | 3e-11 | 60 (batch 1) | 2e-04 (of 5e-04) | 70 | 70 | 86 |",
         "| other | `net_c` | 64 | no | no | no | no | no | no | no | no |",
+        "| fp16: layers at most 1.1 times those for a batch of one | 1 of 3 |",
         "- net (`net_b`), fp32, engine: no SM89",
         "- other (`net_c`), lowering: cannot follow it",
         "- vit: depth 2",

@@ -15,6 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vmkd_fx.deploy.onnx_export import random_images
+from vmkd_fx.deploy.precision.agreement import compared, logits_of_file
+from vmkd_fx.deploy.precision.asked import Asked
+from vmkd_fx.deploy.precision.halves import logits
+from vmkd_fx.deploy.precision.readback import hold_to, read_layers
 from vmkd_fx.deploy.precision.write import write_in
 from vmkd_fx.deploy.tensorrt import Network
 from vmkd_fx.errors import BuildError, UnknownNameError, VmkdError
@@ -28,8 +33,10 @@ from vmkd_fx.zoo.members import MEMBERS, Member, build
 
 TARGET = "tensorrt-rtx"
 COMPUTE_CAPABILITIES = (86, 89, 120)
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16")
 PROFILE = Profile(1, 2, 4)
+IMAGES = 4
+"""Random ones, that ranges and the error of half precision are measured on."""
 
 T = TypeVar("T")
 
@@ -41,7 +48,9 @@ class Engine:
     Attributes:
         nodes: of the ONNX graph.
         batch: "any", or the one that the graph takes.
-        difference, allowed: of ONNX Runtime from torch over the largest logit, and the bound it was held to.
+        difference, allowed: of ONNX Runtime from torch over the largest logit, and the bound it was held to;
+            what is half in the graph is computed wider there.
+        from_single: of the graph as it is, in ONNX Runtime, from float32; for half precision.
         layers, fixed_layers: that the parser makes of the graph, and of the same graph for one image.
         built: the compute capabilities that the engine was built for.
         size: of the engine in bytes.
@@ -51,6 +60,7 @@ class Engine:
     batch: str = ""
     difference: float | None = None
     allowed: float | None = None
+    from_single: float | None = None
     layers: int = 0
     fixed_layers: int = 0
     built: list[int] = field(default_factory=list)
@@ -129,25 +139,31 @@ def _deployed(row: Deployment, module: TracedModule, precision: str) -> None:
     engine = row.engines[precision] = Engine()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        if not _tried(row, f"{precision}, ONNX", lambda: _exported(engine, module, file, precision)):
+        asked = _tried(row, f"{precision}, ONNX", lambda: _exported(engine, module, file, precision))
+        if asked is None:
             return
         network = _tried(row, f"{precision}, parser", lambda: Network(TARGET, file))
         if network is None:
             return
         engine.layers = network.layers
+        read, version = read_layers(network.definition), network.package.version
+        _tried(row, f"{precision}, layer types", lambda: hold_to(read, asked, version))
         one = with_batch(file, 1, Path(folder) / "one.onnx")
         fixed = _tried(row, f"{precision}, parser, batch 1", lambda: Network(TARGET, one))
         engine.fixed_layers = fixed.layers if fixed else 0
         _tried(row, f"{precision}, engine", lambda: _built(engine, network))
 
 
-def _exported(engine: Engine, module: TracedModule, file: Path, precision: str) -> Path:
-    ledger, _ = write_in(module, file, precision)
+def _exported(engine: Engine, module: TracedModule, file: Path, precision: str) -> Asked:
+    images = None if precision == "fp32" else random_images(False, (IMAGES, *module.info.need_input_size()))
+    ledger, asked = write_in(module, file, precision, images)
     step = ledger.steps[-1]
     engine.nodes = step.nodes or 0
     engine.batch = "any"
     engine.difference, engine.allowed = step.error, step.tolerance
-    return file
+    if images is not None:
+        engine.from_single, _ = compared(logits_of_file(file, images), logits(module, images))
+    return asked
 
 
 def _built(engine: Engine, network: Network) -> None:
