@@ -204,14 +204,10 @@ def _run(engine: bytes, info: EngineInfo, onnx: Path, network: Network, gpu: Gpu
     weights = onnx.read_bytes() if info.options.get("weights") == "stripped" else None
     run = EngineBackend(info.target.kind, engine, info.profiles, weights=weights)
     found = run(images)
+    types = ", ".join(f"{count} {kind}" for kind, count in run.layer_types().items())
+    there = f"run on sm{gpu.compute_capability}" + (types and f", its layers give {types},")
     try:
         expected = OnnxBackend(onnx)(images)
     except MissingExtraError:  # a board may have TensorRT and nothing else
-        return (
-            None,
-            f"run on sm{gpu.compute_capability}, compared with nothing: ONNX Runtime is not installed",
-        )
-    return (
-        relative_error([found], [expected]),
-        f"run on sm{gpu.compute_capability} against ONNX Runtime, batch {profile.best}",
-    )
+        return None, f"{there} compared with nothing: ONNX Runtime is not installed"
+    return relative_error([found], [expected]), f"{there} against ONNX Runtime, batch {profile.best}"

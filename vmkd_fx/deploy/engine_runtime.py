@@ -16,6 +16,7 @@ from vmkd_fx.deploy.batches import fitting
 from vmkd_fx.deploy.builder.refit import refit
 from vmkd_fx.deploy.builder.runtime_cache import RuntimeCache
 from vmkd_fx.deploy.lane import Lane
+from vmkd_fx.deploy.precision.readback import inspected_types
 from vmkd_fx.deploy.tensorrt import package
 from vmkd_fx.errors import BuildError
 from vmkd_fx.extras import require
@@ -106,6 +107,10 @@ class EngineBackend:
             logits = lane.run(images, index)
             self._free.put(lane)  # a lane that failed is not used again
         return logits
+
+    def layer_types(self) -> dict[str, int]:
+        """How many outputs of the engine's layers have which type; a fused layer hides what is inside it."""
+        return inspected_types(self._engine, self._trt)
 
     def _lane(self) -> Lane:
         return Lane(self._trt, self._engine, self.profiles, self._graphs, self._cache)

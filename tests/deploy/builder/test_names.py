@@ -17,7 +17,11 @@ from vmkd_fx.deploy.builder.names import NAMES, OLDEST, missing, version_of
 
 DEPLOY = Path(vmkd_fx.deploy.__file__).parent
 # The files that speak to a builder. What runs engines has a table and a test of its own.
-ADAPTER = (DEPLOY / "tensorrt.py", *sorted((DEPLOY / "builder").glob("*.py")))
+ADAPTER = (
+    DEPLOY / "tensorrt.py",
+    DEPLOY / "precision" / "readback.py",
+    *sorted((DEPLOY / "builder").glob("*.py")),
+)
 
 # Attributes of our own that the bindings happen to have too.
 OURS = {"append", "clear", "kind", "read", "refittable", "update"}

@@ -23,6 +23,7 @@ def configure(trt: Any, builder: Any, options: BuildOptions, compute_capabilitie
         BuildError: the package does not build for one of them.
     """
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then knows the layers' types
     if compute_capabilities:
         config.num_compute_capabilities = len(compute_capabilities)
         for index, sm in enumerate(compute_capabilities):
