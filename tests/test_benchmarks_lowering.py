@@ -185,6 +185,7 @@ def test_a_chain_that_fails_is_a_row_with_its_reason(
     assert "ratio" not in printed.splitlines()[-1] and "mean" not in printed
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_a_reason_and_not_stored(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

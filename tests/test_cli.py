@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.slow import rest_slow
 from vmkd_fx.cli import main
 from vmkd_fx.deploy.bundle import read_bundle
 from vmkd_fx.distill.methods import PRESETS
@@ -353,7 +354,7 @@ def test_numbers_that_cannot_be(arguments: tuple[str, ...], capsys: pytest.Captu
     assert f"{arguments[-1]} is not " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["yaml", "safetensors", "timm", "pydantic"])
+@pytest.mark.parametrize("package", rest_slow(["pydantic", "yaml", "safetensors", "timm"]))
 def test_a_half_installed_extra_is_named(package: str, folder: Path) -> None:
     recipe = write(folder / "r.yaml", {**RECIPE, "out": "run"})
     code = (

@@ -99,6 +99,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(whole: tuple[Path, str
     assert sha256(out / "bundle" / "model.onnx") == sha256(whole[0] / "bundle" / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_started_again_it_repeats_nothing(whole: tuple[Path, str]) -> None:
     out, printed = whole

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tests.models import small
 from tests.passes.lowering import lowered_by, operators
+from tests.slow import rest_slow
 from vmkd_fx.passes.cleanup.views import VIEWS
 from vmkd_fx.passes.engine.flat_tokens import FLAT_TOKENS
 from vmkd_fx.passes.engine.token_linear import TOKEN_LINEAR
@@ -43,7 +44,7 @@ class NormBetween(Tokens):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize(("family", "mixers"), [("mixer", 2), ("resmlp", 2)])
+@pytest.mark.parametrize(("family", "mixers"), rest_slow([("mixer", 2), ("resmlp", 2)]))
 def test_token_mixers_need_no_transpositions(family: str, mixers: int, target: str) -> None:
     before = operators(lowered_by(small(family), VIEWS)[1])
     error, module, record = lowered_by(small(family), VIEWS, TOKEN_LINEAR, target=target)

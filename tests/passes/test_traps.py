@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrizations import weight_norm
 
 import vmkd_fx as vx
+from tests.slow import rest_slow
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.verify import logits_of, randomise_, relative_error
 
@@ -203,7 +204,7 @@ def test_the_lowered_net_computes_the_same(make: Callable[[], nn.Module]) -> Non
     assert relative_error(expected, logits_of(lowered, x)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "resnetv2_18"])
+@pytest.mark.parametrize("name", rest_slow(["test_efficientnet", "test_byobnet", "resnetv2_18"]))
 def test_norms_with_an_activation_inside(name: str) -> None:
     model = randomise_(timm.create_model(name, num_classes=10)).double().eval()
     x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
