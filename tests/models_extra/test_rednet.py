@@ -16,7 +16,7 @@ from tests.models_extra.like_timm import PeakMemory, images
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.models import rednet
-from vmkd_fx.models.involution import Involution2d, involve
+from vmkd_fx.models.involution import Involution2d, involve, involve_unfolded
 
 small = partial(timm.create_model, "rednet26", layers=(1, 1, 2, 1), stem_width=32, channels=(16, 16, 32, 32))
 
@@ -38,26 +38,18 @@ def by_definition(x: Tensor, kernels: Tensor, size: int, stride: int) -> Tensor:
     return result
 
 
-def by_unfolding(x: Tensor, kernels: Tensor, size: int) -> Tensor:
-    """As it is usually written, at stride 1: every neighbourhood copied out, multiplied and summed."""
-    (batch, channels), space = x.shape[:2], kernels.shape[2:]
-    groups = kernels.shape[1] // size**2
-    patches = F.unfold(x, size, padding=size // 2).view(batch, groups, channels // groups, size**2, *space)
-    return (kernels.view(batch, groups, 1, size**2, *space) * patches).sum(3).flatten(1, 2)
-
-
 @pytest.mark.parametrize(
     ("size", "stride", "height", "width"),
     [(3, 1, 4, 5), (7, 1, 3, 5), (3, 2, 6, 5), (5, 3, 7, 4), (1, 2, 3, 2)],
 )
-@pytest.mark.parametrize("add_up", ["_by_place", "_by_column"])
-def test_both_ways_of_adding_up_are_the_definition(
+@pytest.mark.parametrize("add_up", ["_by_place", "_by_column", "unfolded"])
+def test_every_way_of_adding_up_is_the_definition(
     size: int, stride: int, height: int, width: int, add_up: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: add_up == "_by_column")
     x = images(2, 4, height, width).double()
     kernels = images(2, 2 * size**2, -(-height // stride), -(-width // stride)).double()
-    found = involve(x, kernels, size, stride)
+    found = (involve_unfolded if add_up == "unfolded" else involve)(x, kernels, size, stride)
     torch.testing.assert_close(found, by_definition(x, kernels, size, stride), rtol=1e-12, atol=1e-12)
 
 
@@ -105,7 +97,7 @@ def test_what_is_no_involution_is_refused(arguments: dict[str, int], message: st
 def test_memory_is_a_small_share_of_unfolding(training: bool, share: int) -> None:
     x, kernels = images(2, 64, 28, 28), images(2, 4 * 49, 28, 28)
     peaks = []
-    for operation in (involve, by_unfolding):
+    for operation in (involve, involve_unfolded):
         given = [tensor.clone().requires_grad_(training) for tensor in (x, kernels)]
         with PeakMemory() as meter:
             result = operation(*given, 7)

@@ -51,6 +51,13 @@ def test_windows_are_cut_out_and_added_up_by_convolutions(window: tuple) -> None
     assert not found["im2col"] and not found["col2im"]
 
 
+@pytest.mark.parametrize("window", [((5, 3), 1, 1, 1), ((3, 5), 1, 2, 2), ((4, 3), 2, 1, 1)], ids=str)
+def test_large_windows_are_cut_along_rows_and_then_columns(window: tuple) -> None:
+    error, module, _ = lowered_by(Neighbours(*window), UNFOLD, size=(3, 27, 27))
+    assert error <= 1e-15
+    assert operators(module)["conv2d"] == 3 and not operators(module)["im2col"]
+
+
 def test_torch_keeps_its_own() -> None:
     _, module, rewrite = lowered_by(Neighbours((3, 3), 1, 1, 2), UNFOLD, size=(3, 27, 27), target="torch")
     assert operators(module)["im2col"] == operators(module)["col2im"] == 1 and not rewrite.sites

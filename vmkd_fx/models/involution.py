@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vmkd_fx.errors import ModelError
 
-__all__ = ["Involution2d", "involve"]
+__all__ = ["Involution2d", "involve", "involve_unfolded"]
 
 
 @register_notrace_function
@@ -69,6 +69,15 @@ def _by_column(padded: Tensor, weights: Tensor, stride: int) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def involve_unfolded(x: Tensor, kernels: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """`involve` on an unfolded copy: fewest operators, K * K times the input in memory; for lowering."""
+    edge, groups = kernel_size // 2, kernels.shape[1] // kernel_size**2
+    places = kernels.shape[-2:]
+    cells = F.unfold(x, kernel_size, padding=edge, stride=stride)  # (B, C * K * K, H' * W')
+    cells = cells.unflatten(2, places).unflatten(1, (groups, -1, kernel_size**2))
+    return (cells * kernels.unflatten(1, (groups, 1, -1))).sum(3).flatten(1, 2)
 
 
 class Involution2d(nn.Module):

@@ -33,14 +33,24 @@ def unfold_by_convolution(rewrite: Rewrite) -> None:
             rewrite.replace(node, _cut(rewrite, node, source) if cuts else _added(rewrite, node, source))
 
 
+LARGEST = 9
+"""Offsets that one convolution cuts out; more are cut along the rows first and then along the columns."""
+
 UNFOLD = LoweringPass("unfold", unfold_by_convolution)
 
 
 def _cut(rewrite: Rewrite, node: Node, source: Node) -> Node:
     kernel, dilation, padding, stride = _window(node)
     channels = rewrite.shape(source)[1]
-    weight = rewrite.put(_offsets(channels, kernel))
-    value = rewrite.call(aten.conv2d.default, source, weight, None, stride, padding, dilation, channels)
+    value = source
+    for axes in ((0,), (1,)) if prod(kernel) > LARGEST else ((0, 1),):
+        here = [
+            [of[axis] if axis in axes else rest for axis in (0, 1)]
+            for of, rest in ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+        ]
+        weight = rewrite.put(_offsets(channels, here[0]))
+        value = rewrite.call(aten.conv2d.default, value, weight, None, *here[1:], channels)
+        channels *= prod(here[0])
     return rewrite.call(aten.reshape.default, value, [-1, *rewrite.shape(node)[1:]])
 
 

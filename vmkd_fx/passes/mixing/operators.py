@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.models import global_filter as filters
+from vmkd_fx.models.involution import involve, involve_unfolded
 from vmkd_fx.passes import circulant_mixer as mixers
 
 
@@ -70,10 +71,11 @@ def _(x: Tensor, direct: Tensor, crossed: Tensor) -> Tensor:
 
 
 def keep_whole(module: TracedModule) -> None:
-    """Let circulant mixers and global filters of a traced graph be nodes of these operators, in place.
+    """Let the mixers of a traced graph be what the passes know, in place.
 
     A `CirculantMixer` becomes a call on its input and its weight, which keeps its name; a call of
-    `global_filter` becomes one on the same arguments. Nothing else in the graph changes.
+    `global_filter` becomes one on the same arguments, and an involution one on an unfolded copy of its input.
+    Nothing else in the graph changes.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -86,6 +88,9 @@ def keep_whole(module: TracedModule) -> None:
         elif node.op == "call_function" and node.target is filters.global_filter:
             x, weight = _argument(node, 0, "x"), _argument(node, 1, "weight")
             _put(node, torch.ops.vmkd.global_filter.default, x, weight)
+        elif node.op == "call_function" and node.target is involve:
+            node.target = involve_unfolded
+            node.meta.pop("is_wrapped", None)
     graph.lint()
     module.recompile()
 
