@@ -27,6 +27,9 @@ def inspect(parser: argparse.ArgumentParser) -> None:
 
 def recipes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", metavar="PRESET", nargs="?", help="explain this one")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of recipe files instead, for editors"
+    )
 
 
 def sweep(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,62 @@ def sweep(parser: argparse.ArgumentParser) -> None:
 def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     parser.add_argument("override", metavar="KEY=VALUE", nargs="*", help="change the recipe: train.lr=0.002")
-    parser.add_argument("--restart", action="store_true", help="remove an earlier training first")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--restart", action="store_true", help="remove an earlier training first")
+    choice.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, do one step, estimate memory and time, and write nothing",
+    )
+
+
+def cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    parser.add_argument("override", metavar="KEY=VALUE", nargs="*", help="change the recipe: train.epochs=30")
+    parser.add_argument("--out", type=Path, default=Path("cache"), help="folder (default: cache)")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--top-k",
+        metavar="K",
+        type=_positive,
+        default=100,
+        help="classes kept of each distribution, where that takes less than all (default: 100)",
+    )
+    kept.add_argument("--full", action="store_true", help="keep all classes")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of what is kept (default: float16)",
+    )
+    parser.add_argument(
+        "--features", action="store_true", help="keep the features that the recipe's methods read, too"
+    )
+    parser.add_argument(
+        "--epochs", metavar="A:B", type=_epochs, help="epochs A to B - 1, from 0 (default: all of the recipe)"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=64, help="images a forward (default: 64)")
+    parser.add_argument(
+        "--check", action="store_true", help="read what is there already, and write damaged files anew"
+    )
+
+
+def _epochs(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write epochs as A:B with A below B, for example 0:30")
+    return range(int(first), int(last))
+
+
+def plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders that `vmkd train` wrote")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        default=Path("curves.png"),
+        help="picture: .png, .svg or .pdf (default: curves.png)",
+    )
 
 
 def lower(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmkd_fx import __version__, arguments
-from vmkd_fx.errors import VmkdError
+from vmkd_fx.errors import TrainingStoppedError, VmkdError
 from vmkd_fx.verbs import checking, deploying, lowering, models, training
+
+TRY_AGAIN = 75
+"""The exit status of a training that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 def main(line: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a refusal, 130 for an interruption."""
+    """Run the command line; returns the exit status: 0, 2 for a refusal, 75 for a training that was
+    asked to stop and can go on, 130 for an interruption.
+    """
     try:
         parsed = _parser().parse_args(line)
     except KeyboardInterrupt:
@@ -24,6 +29,9 @@ def main(line: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
         sys.stdout.flush()
+    except TrainingStoppedError as error:
+        print(f"vmkd {parsed.verb}: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except VmkdError as error:
         print(f"vmkd {parsed.verb}: {error}", file=sys.stderr)
         return 2
@@ -77,6 +85,14 @@ VERBS = (
         "vmkd train std.yaml train.epochs=50",
         arguments.train,
     ),
+    Verb(
+        "cache",
+        training.cache,
+        "write down what a recipe's teachers say, once for many students",
+        "vmkd cache std.yaml --out cache",
+        arguments.cache,
+    ),
+    Verb("plot", training.plot, "draw the curves of several trainings", "vmkd plot runs/*", arguments.plot),
     Verb(
         "lower",
         lowering.lower,

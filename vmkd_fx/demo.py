@@ -118,7 +118,7 @@ def _in_onnx_runtime(bundle: Bundle, data: ImageData, plain: nn.Module) -> Row:
     images, targets = data.held_out()
     decisions = load(bundle.path, device="cpu")(images).argmax(-1)
     with torch.no_grad():
-        in_torch = torch.cat([plain(batch).argmax(-1) for batch, _ in data.validation_batches()]).numpy()
+        in_torch = torch.cat([plain(batch.images).argmax(-1) for batch in data.validation_batches()]).numpy()
     agreed = f"{(decisions == in_torch).sum()} of {len(targets)} decisions as in torch"
     return ("bundle in ONNX Runtime", _percent(float((decisions == targets).mean())), agreed)
 

@@ -59,11 +59,19 @@ class RecipeError(VmkdError):
 
 
 class TrainingError(VmkdError):
-    """A training cannot go on: a loss is no longer a finite number."""
+    """A training cannot go on: its loss or gradient is no longer a finite number, or jumped."""
+
+
+class TrainingStoppedError(VmkdError):
+    """A training was asked to stop; its state is saved and it can go on."""
 
 
 class CheckpointError(VmkdError):
     """A checkpoint belongs to another model or another recipe, or cannot be read."""
+
+
+class CacheError(VmkdError):
+    """A cache of teacher outputs is of another teacher or other images, incomplete or damaged."""
 
 
 class DataError(VmkdError):

@@ -51,7 +51,9 @@ def state(**changes: Any) -> ResumeState:
         "module": student.state_dict(),
         "ema": None,
         "optimizer": optimizer.state_dict(),
-        "rng": rng_state(),
+        "precision": {},
+        "guard": {"recent": [2.5], "size": None, "overflows": 0},
+        "rng": [rng_state()],
         "sums": {"loss": 0.1 + 0.2},
         "scores": {"accuracy": 1 / 3},
         "seconds": 1.5,
@@ -70,7 +72,7 @@ def test_resume_state_comes_back_exactly(tmp_path: Path) -> None:
     save_resume(tmp_path / "resume.pt", saved)
     expected = draws()
     loaded = load_resume(tmp_path / "resume.pt")
-    set_rng_state(loaded.rng)
+    set_rng_state(loaded.rng[0])
     assert draws() == expected
     assert (loaded.step, loaded.epoch, loaded.batch) == (5, 1, 2)
     assert loaded.sums == saved.sums and loaded.scores == saved.scores

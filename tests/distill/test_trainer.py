@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from timm.task import ClassificationTask, LogitDistillationTask
 
-from vmkd_fx.distill import checkpoint, trainer
+from tests.distill.run_folders import WEIGHTS, determined, lines
+from vmkd_fx.distill import checkpoint
 from vmkd_fx.distill.checkpoint import load_resume, load_weights, read_metadata
 from vmkd_fx.distill.data import Digits
 from vmkd_fx.distill.recipe import TrainConfig
 from vmkd_fx.distill.run_folder import TrainResult
 from vmkd_fx.distill.trainer import fit
+from vmkd_fx.distill.training import state
 from vmkd_fx.errors import CheckpointError, OutputError, TrainingError
 from vmkd_fx.files import sha256
 
@@ -34,9 +31,8 @@ CONFIG = TrainConfig(
     clip_grad=1.0,
     checkpoint_every=3,
     evaluate_every=2,
+    evaluate_first=False,
 )
-WEIGHTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
-SCRIPT = Path(__file__).with_name("train_digits.py")
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +66,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Pat
     out = tmp_path_factory.mktemp("undisturbed")
     train(out, digits, name="test_resnet")
     return out
-
-
-def lines(out: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The whole lines of the log; the last may still be on its way."""
-    text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
-    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in found if event in (None, line["event"])]
 
 
 class InterruptedTrainingError(Exception):
@@ -116,7 +105,7 @@ def test_result_is_that_of_the_written_weights(undisturbed: Path, digits: Digits
         plain = timm.create_model("test_resnet", num_classes=10).eval()
         load_weights(plain, undisturbed / file)
         with torch.no_grad():
-            hits = [plain(images).argmax(1) == targets for images, targets in digits.validation_batches()]
+            hits = [plain(images).argmax(1) == targets for images, targets, _ in digits.validation_batches()]
         assert torch.cat(hits).float().mean().item() == pytest.approx(recorded[key])
         assert read_metadata(undisturbed / file)["accuracy"] == recorded[key]
     assert read_metadata(undisturbed / "last.safetensors")["model"] == "test_resnet"
@@ -136,7 +125,7 @@ def test_interrupted_anywhere_ends_in_the_same_weights(
         expected, found = load_file(undisturbed / file), load_file(tmp_path / file)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert [line for line in lines(tmp_path) if line["event"] != "resumed"] == lines(undisturbed)
+    assert determined(tmp_path) == determined(undisturbed)
 
 
 def test_resume_needs_every_part_of_the_state(
@@ -145,47 +134,9 @@ def test_resume_needs_every_part_of_the_state(
     """What the tests above compare does depend on the random state."""
     with pytest.raises(InterruptedTrainingError):
         train(tmp_path, digits, Breaking(10))
-    monkeypatch.setattr(trainer, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(state, "set_rng_state", lambda state: None)
     train(tmp_path, digits, name="test_resnet")
     assert sha256(tmp_path / "last.safetensors") != sha256(undisturbed / "last.safetensors")
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_ends_in_the_same_weights(tmp_path: Path, kills: int) -> None:
-    interval, total = 7, 60
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, str(SCRIPT), str(out), str(interval)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-    reference = start(whole)
-    moments = sorted(random.sample(range(2, total - 15), kills))
-    logged = []
-    for starts, moment in enumerate(moments):
-        process = start(killed)
-        while process.poll() is None:
-            if len(lines(killed, "resumed")) == starts and any(
-                line["step"] >= moment for line in lines(killed)
-            ):
-                break
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        logged.append(max(line["step"] for line in lines(killed, "step")))
-    last = start(killed)
-    _, said = last.communicate()
-    _, complaint = reference.communicate()
-    assert reference.returncode == 0, complaint
-    assert last.returncode == 0, said
-    resumed = [line["step"] for line in lines(killed, "resumed")]
-    # A step is in the log before its checkpoint is on disk, so as much as one whole interval is repeated.
-    assert all(before - interval <= step <= before for step, before in zip(resumed, logged, strict=True))
-    assert f"resumed from step {resumed[-1]} of {total}" in said
-    assert [line["step"] for line in lines(killed, "step")] == list(range(1, total + 1))
-    for file in WEIGHTS:
-        assert sha256(whole / file) == sha256(killed / file), f"{file}, killed at {moments}"
-    assert not list(killed.glob(".*.tmp"))
 
 
 def test_a_finished_training_is_read_and_not_repeated(tmp_path: Path, digits: Digits) -> None:
@@ -199,7 +150,7 @@ def test_a_finished_training_is_read_and_not_repeated(tmp_path: Path, digits: Di
         train(tmp_path, digits, digest="e" * 64)
     with pytest.raises(InterruptedTrainingError):
         train(tmp_path, digits, Breaking(2), resume=False)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path, "step")] == [1, 2]
     assert not (tmp_path / "done.json").exists() and not (tmp_path / "last.safetensors").exists()
 
 
@@ -245,16 +196,16 @@ def test_full_disk_at_a_checkpoint(
 ) -> None:
     save, saved = checkpoint.save_resume, []
 
-    def full_at_the_third(path: Path, state: Any) -> None:
-        saved.append(state.step)
+    def full_at_the_third(path: Path, found: Any) -> None:
+        saved.append(found.step)
         if len(saved) == 3:
             monkeypatch.setattr(Path, "write_bytes", no_space)
-        save(path, state)
+        save(path, found)
 
     def no_space(self: Path, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_resume", full_at_the_third)
+    monkeypatch.setattr(state, "save_resume", full_at_the_third)
     with pytest.raises(OutputError, match=r"resume\.pt: No space left on device"):
         train(tmp_path, digits)
     monkeypatch.undo()
@@ -285,8 +236,12 @@ class Diverging(LogitDistillationTask):
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(tmp_path: Path, digits: Digits) -> None:
     task = Diverging(model(), model("test_vit", img_size=16), distill_loss_weight=0.5, verbose=False)
-    with pytest.raises(TrainingError, match="the term 'kd_loss' of the loss is inf at step 5"):
+    message = r"the term 'kd_loss' of the loss is inf at step 5.*bad-batch-step5-rank0.*gives its \"images\""
+    with pytest.raises(TrainingError, match=message):
         train(tmp_path, digits, task)
+    saved = load_file(tmp_path / "bad-batch-step5-rank0.safetensors")
+    (expected,) = [batch for place, batch in enumerate(digits.train_batches(0, batch_size=8)) if place == 4]
+    assert all(torch.equal(saved[name], value) for name, value in expected._asdict().items())
     assert [line["step"] for line in lines(tmp_path, "step")] == [1, 2, 3, 4]
     assert lines(tmp_path, "step")[0].keys() >= {"loss", "task_loss", "kd_loss"}
     assert load_resume(tmp_path / "resume.pt").step == 3

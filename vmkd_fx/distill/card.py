@@ -36,6 +36,7 @@ class Card:
         input_size, mean, std: of the images, (C, H, W) and one value a channel.
         labels: names of the classes, in the order of the logits; empty where nobody named them.
         data: the data set it was trained on, as `open_data` takes it; None where unknown.
+        interpolation, crop_pct, crop_mode: of the evaluation transform, in timm's terms.
     """
 
     model: str
@@ -46,6 +47,9 @@ class Card:
     std: tuple[float, ...]
     labels: tuple[str, ...]
     data: dict[str, Any] | None = None
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
@@ -62,9 +66,10 @@ class Card:
         return self.dress(create_model(ModelConfig(model=self.model, options=self.options)))
 
     def dress(self, model: nn.Module) -> nn.Module:
-        """Note image size and normalisation where timm keeps them; returns the model."""
+        """Note how its images are prepared where timm keeps that; returns the model."""
         config = dict(getattr(model, "pretrained_cfg", None) or {})
-        images = {"input_size": self.input_size, "mean": self.mean, "std": self.std, "crop_pct": 1.0}
+        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        images = {name: getattr(self, name) for name in names}
         model.pretrained_cfg = {**config, **images}  # type: ignore[assignment]
         return model
 
@@ -84,13 +89,17 @@ def make_card(recipe: Recipe, data: ImageData, edits: Iterable[Injected] = ()) -
         std=data.std,
         labels=data.labels,
         data=recipe.data.model_dump(mode="json"),
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        crop_mode=data.crop_mode,
     )
 
 
 def card_for(model: str, options: dict[str, Any]) -> Card:
     """The card of a plain timm model, for weights by someone else: images as timm prepares them for it."""
     info = model_info(create_model(ModelConfig(model=model, options=options)))
-    return Card(model, options, (), info.need_input_size(), info.mean, info.std, (), None)
+    seen = (info.interpolation, info.crop_pct, info.crop_mode)
+    return Card(model, options, (), info.need_input_size(), info.mean, info.std, (), None, *seen)
 
 
 def create_model(config: ModelConfig) -> nn.Module:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ class ResumeState:
         digest: of the recipe.
         config: the settings of the trainer, to say what differs when the digest does.
         step: optimiser steps done.
-        epoch, batch: of the next batch.
+        epoch, batch: of the next batch; behind the last batch of an epoch its evaluation is next.
         module, ema, optimizer: state dicts; `ema` is None without averaged weights.
-        rng: states of the random number generators.
+        precision: state of the scaling of the loss; empty without.
+        guard: what the next loss is held against.
+        rng: states of the random number generators, one for each process.
         sums: running sums of the loss terms over the epoch.
         scores: the latest accuracies and the best one.
         seconds: time spent in training and evaluation.
@@ -54,7 +57,9 @@ class ResumeState:
     module: dict[str, Tensor]
     ema: dict[str, Tensor] | None
     optimizer: dict[str, Any]
-    rng: dict[str, Any]
+    precision: dict[str, Any]
+    guard: dict[str, Any]
+    rng: list[dict[str, Any]]
     sums: dict[str, float]
     scores: dict[str, Any]
     seconds: float
@@ -119,7 +124,15 @@ def save_weights(path: str | os.PathLike[str], module: nn.Module, **about: Any) 
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
     """
-    state = unwrapped(module).state_dict()
+    save_state(path, unwrapped(module).state_dict(), **about)
+
+
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Tensor], **about: Any) -> None:
+    """Write a state dict as `save_weights` does.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
+    """
     # A copy each: the format refuses tensors that share memory.
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
     # One key: the format stores several in random order, and equal weights shall be equal files.
@@ -208,9 +221,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of the global generators of torch, Python and NumPy, as plain data and tensors."""
+    """The states of the global generators of torch, Python and NumPy, as plain data and tensors; of GPUs that
+    of the current one, for several processes use one each.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
@@ -222,8 +237,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the generators back to where `rng_state` found them."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -37,10 +37,10 @@ def explained(names: str) -> str:
 
 
 def _explained(method: Method) -> str:
-    meanings = _meanings(type(method))
+    said = meanings(type(method))
     settings = [
         textwrap.fill(
-            f"{setting} ({_shown(getattr(method, setting))}): {meanings.get(setting, '')}",
+            f"{setting} ({_shown(getattr(method, setting))}): {said.get(setting, '')}",
             width=100,
             initial_indent="  ",
             subsequent_indent="      ",
@@ -63,7 +63,7 @@ def defaults(method: Method) -> list[str]:
     return shown
 
 
-def _meanings(kind: type[Any]) -> dict[str, str]:
+def meanings(kind: type[Any]) -> dict[str, str]:
     """What the docstrings of a class and of those it is made of say about each attribute."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ LOG = "log.jsonl"
 LAST = "last.safetensors"
 LAST_EMA = "last_ema.safetensors"
 BEST = "best.safetensors"
+TENSORBOARD = "tensorboard"
+MLFLOW = "mlflow-run"
+BAD_BATCHES = "bad-batch-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def has(self, event: str) -> bool:
+        """Whether there is a whole line of this event."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return any(json.loads(line)["event"] == event for line in text.splitlines())
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`, and a last line that was never finished.
@@ -118,8 +127,12 @@ def recorded(out: Path, digest: str) -> TrainResult | None:
 
 def tidy(out: Path, everything: bool) -> None:
     """Remove half-written files that a killed process left and, if asked, the earlier training itself."""
-    for name in (DONE, RESUME, LOG, LAST, LAST_EMA, BEST):
+    for name in (DONE, RESUME, LOG, LAST, LAST_EMA, BEST, MLFLOW):
         for left in out.glob(f".{name}.*.tmp"):
             left.unlink()
         if everything:
             (out / name).unlink(missing_ok=True)
+    if everything:
+        shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
+        for batch in out.glob(BAD_BATCHES):
+            batch.unlink()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
@@ -10,8 +13,11 @@ from vmkd_fx.distill.card import KEY, create_model, make_card
 from vmkd_fx.distill.data import ImageData, open_data
 from vmkd_fx.distill.methods import resolve
 from vmkd_fx.distill.recipe import ModelConfig, Recipe
-from vmkd_fx.distill.run_folder import TrainResult
+from vmkd_fx.distill.recipe_teachers import recipe_teachers
+from vmkd_fx.distill.run_folder import DONE, TrainResult
 from vmkd_fx.distill.trainer import fit
+from vmkd_fx.distill.training.memory import estimate
+from vmkd_fx.distill.training.world import World, joined_world
 from vmkd_fx.distill.wrap import wrap
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import class_count
@@ -22,13 +28,22 @@ from vmkd_fx.passes.injections import edits_of
 def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> TrainResult:
     """Train what the recipe describes, or go on where its folder says that it stands.
 
+    Under torchrun every process calls this, and they train together.
+
     Raises:
         VmkdError: models, teachers, data and method do not fit together, which is said before the first step.
+        TrainingStoppedError: a signal asked for it; the state is saved.
     """
+    with joined_world(recipe.train.device) as world:
+        return _train(recipe, world, resume, progress)
+
+
+def _train(recipe: Recipe, world: World, resume: bool, progress: bool) -> TrainResult:
     data = open_data(**recipe.data.model_dump())
     torch.manual_seed(recipe.train.seed)
     task = make_task(recipe, data)
     edits = edits_of(trace(task)) if recipe.method else ()
+    _say_if_too_large(task.to(world.device), data, recipe, world)
     return fit(
         task,
         data,
@@ -39,7 +54,17 @@ def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Trai
         about={KEY: make_card(recipe, data, edits).to_json()},
         resume=resume,
         progress=progress,
+        world=world,
     )
+
+
+def _say_if_too_large(task: TrainingTask, data: ImageData, recipe: Recipe, world: World) -> None:
+    """A word before the first step: the system may end a process that takes too much without one."""
+    if (Path(recipe.out) / DONE).exists():
+        return
+    problem = estimate(task, data, recipe.train, world).problem(recipe.train)
+    if problem is not None and world.first:
+        print(problem, file=sys.stderr, flush=True)
 
 
 def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
@@ -53,7 +78,7 @@ def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
     if not recipe.method:
         return ClassificationTask(student, criterion=criterion, verbose=False)
-    teachers = [_create(teacher, data) for teacher in recipe.teachers]
+    teachers = recipe_teachers(recipe, data)
     methods = [resolve(method.preset, method.overrides) for method in recipe.method]
     return wrap(student, methods, teachers, criterion=criterion, epochs=recipe.train.epochs)
 

@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from vmkd_fx.distill.applies import NO_CLASSIFIER
+from vmkd_fx.distill.cache.teacher import CachedTeacher
 from vmkd_fx.distill.methods import Method, Source, resolve_all
 from vmkd_fx.distill.task import DistillationTask
+from vmkd_fx.distill.teacher_spec import TeacherSpec
 from vmkd_fx.distill.teachers import Teacher, make_teachers
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.anatomy import anatomy
@@ -18,11 +20,13 @@ from vmkd_fx.graph.trace import trace
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.passes.injections import inject
 
+Frozen = Sequence[Teacher | CachedTeacher]
+
 
 def wrap(
     student: Any,
     method: str | Method | Sequence[str | Method],
-    teachers: Iterable[str | nn.Module] = (),
+    teachers: Iterable[str | nn.Module | TeacherSpec] = (),
     *,
     copy: bool = False,
     criterion: nn.Module | None = None,
@@ -37,7 +41,8 @@ def wrap(
             is left as it was.
         method: name of a preset, see `vmkd_fx.distill.methods.PRESETS`; several as "vitkd+nkd" or in a list;
             or a `Method`.
-        teachers: modules, or names of timm models whose published weights are then loaded.
+        teachers: modules, names of timm models whose published weights are then loaded, `TeacherSpec` for one
+            that runs in its own manner, or `CachedTeacher` for what one said before.
         copy: train a copy of the parameters instead.
         criterion: the loss to the labels; cross-entropy by default.
         input_size: (C, H, W) of one image, where the student does not say.
@@ -55,7 +60,7 @@ def wrap(
         ModelError: student and teacher know different classes, or the student has no classifier.
     """
     methods = resolve_all(method, settings)
-    teachers = [teachers] if isinstance(teachers, (str, nn.Module)) else list(teachers)
+    teachers = [teachers] if isinstance(teachers, (str, nn.Module, TeacherSpec)) else list(teachers)
     for chosen in methods:
         chosen.check_run(len(teachers), epochs)
     module = trace(student, copy=copy, input_size=input_size)
@@ -64,14 +69,14 @@ def wrap(
     classes: int | None = class_count(module, module.info.need_input_size())
     if not any(chosen.reads_logits for chosen in methods):
         classes = None
-    frozen: list[Teacher] = list(make_teachers(teachers, module.info, classes))  # type: ignore[arg-type]
+    frozen: list[Teacher | CachedTeacher] = list(make_teachers(teachers, module.info, classes))  # type: ignore[arg-type]
     module = _injected(module, methods, frozen)
     for chosen in methods:
         chosen.start(module, [teacher.model for teacher in frozen])
     return DistillationTask(module, frozen, methods, criterion, epochs)
 
 
-def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequence[Teacher]) -> TracedModule:
+def _injected(module: TracedModule, methods: Sequence[Method], teachers: Frozen) -> TracedModule:
     """The student with everything that the methods put in: first what becomes part of it."""
     known = anatomy(module)
     for method in methods:
@@ -84,7 +89,7 @@ def _injected(module: TracedModule, methods: Sequence[Method], teachers: Sequenc
     return inject(module, edits, known)
 
 
-def _tapped(student: Source, methods: Sequence[Method], teachers: Sequence[Teacher]) -> list[Source]:
+def _tapped(student: Source, methods: Sequence[Method], teachers: Frozen) -> list[Source]:
     """Tap every feature that some method reads, and return what the methods know of the teachers."""
     readers = {i for method in methods if (i := method.feature_teacher) is not None}
     sources = [teacher.source(index in readers) for index, teacher in enumerate(teachers)]

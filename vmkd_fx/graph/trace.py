@@ -15,6 +15,7 @@ from torch.fx import Graph
 from vmkd_fx.errors import TraceError
 from vmkd_fx.graph.constants import install_constant
 from vmkd_fx.graph.edit import owner
+from vmkd_fx.graph.groups import depths
 from vmkd_fx.graph.info import ModelInfo, model_info
 from vmkd_fx.graph.modes import differing_parts, drop_unread, insert_mode_switches, switches_of
 from vmkd_fx.graph.nodes import OWNER
@@ -212,6 +213,7 @@ def _finish(
     traced.meta["closed"] = tuple(Closed(path, reason) for path, reason in sorted(closed.items()))
     traced.meta["calls"] = training.calls
     traced.meta["fixed_by"] = fixed_by
+    traced.meta["depths"] = depths(model)
     return traced
 
 

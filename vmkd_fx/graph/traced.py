@@ -16,6 +16,7 @@ import torch.fx
 from torch import nn
 from torch.fx.graph import PythonCode
 
+from vmkd_fx.graph.groups import Depths
 from vmkd_fx.graph.info import ModelInfo
 from vmkd_fx.graph.nodes import PlainNode, graph_of, plain_nodes
 from vmkd_fx.graph.receipt import Receipt
@@ -67,6 +68,7 @@ class TracedModule(torch.fx.GraphModule):
         fixed_by: places of the model's code where the height or width of the images decided what is done, so
             that the graph holds for that size alone; empty where it holds for any.
         ledger: what lowering did; empty before.
+        depths: how deep each parameter of the model stands, and what weight decay leaves alone.
     """
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "TracedModule") -> None:
@@ -101,6 +103,18 @@ class TracedModule(torch.fx.GraphModule):
     @property
     def ledger(self) -> Ledger:
         return self.meta.get("ledger", Ledger())
+
+    @property
+    def depths(self) -> Depths:
+        return self.meta.get("depths", Depths())
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone beside one-dimensional ones, as timm asks for them."""
+        return self.depths.left_alone(name for name, _ in self.named_parameters())
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Parameter name to layer, from 0 at the images, as timm's layer-wise decay asks for it."""
+        return self.depths.layer_of
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the insides of blocks once more in the backward pass instead of keeping them (Chen et al.

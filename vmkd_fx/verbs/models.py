@@ -34,6 +34,11 @@ def recipes(parsed: argparse.Namespace) -> None:
     from vmkd_fx.extras import require
 
     require("torch", "train", "listing the methods")
+    if parsed.schema:
+        from vmkd_fx.distill.recipe.schema import schema_text
+
+        print(schema_text(), end="")
+        return
     from vmkd_fx.distill.listing import explained, listing
 
     print(explained(parsed.preset) if parsed.preset else listing())

@@ -89,7 +89,7 @@ def trained(name: str, epochs: int) -> TracedModule:
     data = open_data("digits", labelled=1000, image_size=16)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for epoch in range(epochs):
-        for batch, targets in data.train_batches(epoch, batch_size=50):
+        for batch, targets, _ in data.train_batches(epoch, batch_size=50):
             optimiser.zero_grad()
             F.cross_entropy(model(batch), targets).backward()
             optimiser.step()
@@ -104,6 +104,6 @@ def digits() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64
     batches = list(data.validation_batches())
     return (
         calibration,
-        torch.cat([batch for batch, _ in batches]).numpy(),
-        torch.cat([targets for _, targets in batches]).numpy(),
+        torch.cat([batch.images for batch in batches]).numpy(),
+        torch.cat([batch.targets for batch in batches]).numpy(),
     )

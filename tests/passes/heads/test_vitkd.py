@@ -127,6 +127,9 @@ def test_resizing_keeps_places(mode: str) -> None:
     inside = torch.tensor([4.5, 6.5, 8.5, 10.5])[:, None].expand(4, 3)
     torch.testing.assert_close(small[2:6], inside)
     assert resize_tokens(ramp, (16, 6), (16, 6), mode) is ramp
+    half = resize_tokens(ramp.bfloat16(), (16, 6), (8, 3), mode)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.reshape(8, 3), small.float(), rtol=0, atol=0.1)
     with pytest.raises(ModelError, match=r"96 tokens, the feature has 97.*prefix"):
         resize_tokens(torch.zeros(1, 97, 1), (16, 6), (8, 3), mode)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from vmkd_fx.errors import UnknownNameError
 from vmkd_fx.passes.heads.full_precision import in_full_precision
+from vmkd_fx.passes.heads.joined import of_all, processes
 
 CONFIDENCES = ("negative_entropy", "entropy", "none")
 VARIANTS = ("paper", "batch_mean", "third_party")
@@ -39,7 +40,8 @@ def confidence_weights(
         teachers: logits (T, B, C).
         variant: "paper", each sample has weights of its own; "batch_mean", S is averaged over the batch;
             "third_party", S is summed over the batch, as in github.com/devrimcavusoglu/std, so that the
-            weights harden with the batch size. The latter two give every sample the same weights.
+            weights harden with the batch size. The latter two give every sample the same weights; their
+            batch is that of all processes.
 
     Returns:
         (T, B), summing to one over T.
@@ -54,7 +56,8 @@ def confidence_weights(
     if confidence == "negative_entropy":
         score = -score
     if variant != "paper":
-        whole = score.mean(1, keepdim=True) if variant == "batch_mean" else score.sum(1, keepdim=True)
+        joined = torch.cat(of_all(score), 1) if processes() > 1 else score
+        whole = joined.mean(1, keepdim=True) if variant == "batch_mean" else joined.sum(1, keepdim=True)
         score = whole.expand_as(score)
     return F.softmax(score, dim=0)
 

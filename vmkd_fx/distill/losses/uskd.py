@@ -23,6 +23,7 @@ from torch import nn
 from vmkd_fx.distill.losses.logits import check_logits, is_target, log_softmax_without, target_classes
 from vmkd_fx.errors import ModelError
 from vmkd_fx.passes.heads.full_precision import in_full_precision
+from vmkd_fx.passes.heads.joined import of_all, processes
 
 EPSILON = 1e-6
 SMOOTHING = 0.1
@@ -81,8 +82,14 @@ def _targets(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, 
 def _target_term(log_q: torch.Tensor, shares: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     log_q = log_q.gather(-1, target)
     certainty = log_q.detach().exp().square()
-    smoothed = (certainty + shares - certainty.mean(0)).masked_fill(shares == 0, 0)
+    smoothed = (certainty + shares - _mean_of_all(certainty)).masked_fill(shares == 0, 0)
     return -(smoothed * log_q).sum(-1).mean()
+
+
+def _mean_of_all(certainty: torch.Tensor) -> torch.Tensor:
+    """The mean over the batch (B, k) of all processes, (k,); it passes no gradient on."""
+    mean = certainty.mean(0)
+    return torch.stack(of_all(mean)).mean(0) if processes() > 1 else mean
 
 
 def _zipf(log_q: torch.Tensor, weak: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vmkd_fx.errors import ModelError, UnknownNameError
+from vmkd_fx.passes.heads.full_precision import widened
 
 LAYOUTS = ("NLC", "NCHW", "NHWC")
 MODES = ("bicubic", "bilinear")
@@ -55,7 +56,8 @@ def resize_tokens(
     """Patch tokens of one grid as those of another: (B, N, C) to (B, N', C), without prefix tokens.
 
     A teacher with other patches or another image size is brought to the student's grid in this way; smaller
-    grids are antialiased. Equal grids give the tokens themselves.
+    grids are antialiased. Equal grids give the tokens themselves; half precision is resized in float32, which
+    PyTorch cannot do otherwise on every device, and stays float32.
 
     Raises:
         ModelError: there are not as many tokens as `grid` says.
@@ -70,7 +72,7 @@ def resize_tokens(
         )
     if grid == to_grid:
         return x
-    image = x.transpose(1, 2).unflatten(2, grid)
+    image = widened(x).transpose(1, 2).unflatten(2, grid)
     resized = F.interpolate(image, size=to_grid, mode=mode, antialias=True, align_corners=False)
     return resized.flatten(2).transpose(1, 2)
 

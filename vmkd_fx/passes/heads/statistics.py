@@ -14,6 +14,7 @@ from torch import nn
 
 from vmkd_fx.errors import ModelError, RecipeError, TrainingError, UnknownNameError
 from vmkd_fx.passes.heads.full_precision import in_full_precision
+from vmkd_fx.passes.heads.joined import joined_batch, of_all, processes
 
 VARIANTS = ("paper", "third_party")
 
@@ -98,17 +99,23 @@ class StatisticsNetwork(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each teacher's tokens (B, S + C) to ψ on pairs (B,) and on unpaired tokens (B,).
 
+        Where W processes train together, B is their joined batch in the result and in `partners`, and every
+        process gets the same numbers: see `vmkd_fx.passes.heads.joined`.
+
         Args:
-            partners: (B,), whose channel tokens each sample's spatial tokens meet; None draws a derangement.
+            partners: (B,), whose channel tokens each sample's spatial tokens meet; None draws a derangement,
+                that of process 0 in all of them.
 
         Raises:
             TrainingError: the batch has one sample.
             ModelError: the tokens are not as long as `sizes` says.
         """
-        spatial, channel = self._split(tokens)
+        several = self.training and processes() > 1
+        spatial, channel = self._split([joined_batch(token) for token in tokens] if several else tokens)
         if partners is None:
             drawn = self.training and self.variant == "paper"
             partners = derangement(len(spatial), spatial.device, drawn)
+            partners = of_all(partners)[0] if several else partners
         pairs = torch.cat([spatial, channel], 1), torch.cat([spatial, channel[partners]], 1)
         # Weights in half precision, without autocast, take the tokens as they are.
         both = torch.cat(pairs).to(next(self.layers.parameters()).dtype)

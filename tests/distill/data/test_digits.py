@@ -23,26 +23,26 @@ def test_batches_follow_from_seed_and_epoch(digits: Digits) -> None:
     first = list(digits.train_batches(3, batch_size=32, seed=7))
     again = list(Digits(labelled=100).train_batches(3, batch_size=32, seed=7))
     assert len(first) == batches_per_epoch(len(digits), 32) == 3
-    for (images, targets), (same_images, same_targets) in zip(first, again, strict=True):
-        assert images.shape == (32, 3, 32, 32) and images.dtype == torch.float32
-        assert targets.shape == (32,) and targets.dtype == torch.int64
-        assert torch.equal(images, same_images) and torch.equal(targets, same_targets)
+    for batch, same in zip(first, again, strict=True):
+        assert batch.images.shape == (32, 3, 32, 32) and batch.images.dtype == torch.float32
+        assert batch.targets.shape == (32,) and batch.targets.dtype == torch.int64
+        assert all(map(torch.equal, batch, same))
 
 
 @pytest.mark.parametrize("other", [{"epoch": 4, "seed": 7}, {"epoch": 3, "seed": 8}])
 def test_another_epoch_or_seed_shows_other_images(digits: Digits, other: dict[str, int]) -> None:
-    (images, _) = next(digits.train_batches(3, batch_size=32, seed=7))
-    (others, _) = next(digits.train_batches(**other, batch_size=32))
+    images = next(digits.train_batches(3, batch_size=32, seed=7)).images
+    others = next(digits.train_batches(**other, batch_size=32)).images
     assert not keys(images) & keys(others)
 
 
 def test_global_random_state_has_no_say(digits: Digits) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, _ = next(digits.train_batches(0, batch_size=32))
+    first = next(digits.train_batches(0, batch_size=32)).images
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second, _ = next(digits.train_batches(0, batch_size=32))
+    second = next(digits.train_batches(0, batch_size=32)).images
     assert torch.equal(first, second)
 
 
@@ -50,14 +50,14 @@ def test_start_batch_skips_and_changes_nothing(digits: Digits) -> None:
     whole = list(digits.train_batches(5, batch_size=16))
     rest = list(digits.train_batches(5, 4, batch_size=16))
     assert len(rest) == len(whole) - 4
-    for (images, targets), (same_images, same_targets) in zip(whole[4:], rest, strict=True):
-        assert torch.equal(images, same_images) and torch.equal(targets, same_targets)
+    for batch, same in zip(whole[4:], rest, strict=True):
+        assert all(map(torch.equal, batch, same))
 
 
 def test_an_image_is_augmented_alike_in_any_batch(digits: Digits) -> None:
     """The batch size decides who shares a batch, not what happens to an image."""
-    small = torch.cat([images for images, _ in digits.train_batches(2, batch_size=10)])
-    large = torch.cat([images for images, _ in digits.train_batches(2, batch_size=100)])
+    small = torch.cat([batch.images for batch in digits.train_batches(2, batch_size=10)])
+    large = torch.cat([batch.images for batch in digits.train_batches(2, batch_size=100)])
     assert torch.equal(small, large)
     moves = Augmentation().draw(20, torch.Generator().manual_seed(0))
     images, order = torch.rand(20, 1, 32, 32), torch.randperm(20)
@@ -81,12 +81,12 @@ def test_augmentation_shifts_by_the_stated_fraction() -> None:
 
 def test_split_is_disjoint_stratified_and_the_same_for_every_size() -> None:
     few, many = Digits(50, augmentation=None), Digits(1000, augmentation=None)
-    (few_images, few_targets), (many_images, many_targets) = (
+    (few_images, few_targets, _), (many_images, many_targets, _) = (
         next(data.train_batches(0, batch_size=len(data))) for data in (few, many)
     )
     held_out, held_out_targets = few.held_out()
     assert np.array_equal(held_out, many.held_out()[0])
-    validation = torch.cat([images for images, _ in few.validation_batches()])
+    validation = torch.cat([batch.images for batch in few.validation_batches()])
     assert len(validation) == 797 and len(many_images) == 1000
     assert not keys(many_images) & keys(validation)
     assert keys(few_images) < keys(many_images)
@@ -100,9 +100,11 @@ def test_a_runtime_repeats_the_tensors_from_uint8_bit_for_bit(digits: Digits) ->
     assert images.shape == (797, 32, 32, 3) and images.dtype == np.uint8
     mean, std = np.float32(digits.mean), np.float32(digits.std)
     repeated = ((images.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
-    expected = torch.cat([batch for batch, _ in digits.validation_batches(100)]).numpy()
+    expected = torch.cat([batch.images for batch in digits.validation_batches(100)]).numpy()
     assert np.array_equal(repeated, expected)
-    assert np.array_equal(targets, torch.cat([batch for _, batch in digits.validation_batches()]).numpy())
+    assert np.array_equal(
+        targets, torch.cat([batch.targets for batch in digits.validation_batches()]).numpy()
+    )
 
 
 def test_stated_mean_and_std_are_those_of_the_training_images() -> None:
@@ -125,7 +127,7 @@ def test_impossible_image_size() -> None:
 
 def test_fewer_images_than_a_batch_are_one_batch() -> None:
     batches = list(islice(Digits(10).train_batches(0, batch_size=64), 5))
-    assert [len(images) for images, _ in batches] == [10]
+    assert [len(batch.images) for batch in batches] == [10]
 
 
 def test_open_data_by_name() -> None:

@@ -1,20 +1,12 @@
-"""Images to train and to judge on, as a pure function of (seed, epoch).
+"""The digits that scikit-learn ships: a data set that is always there.
 
-The source of truth is a uint8 image of the model's own size. Every tensor follows from it by
-
-    x = (uint8 / 255 - mean) / std        in float32
-
-which a runtime that is fed the same uint8 images repeats bit for bit. Augmentation acts between the division
-by 255 and the normalisation. What happens to image `i` in epoch `e` depends on (seed, e, i) and on nothing
-else, so an epoch can be made again from its number, and a training that was interrupted sees the images that
-it would have seen.
+Augmentation acts between the division by 255 and the normalisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vmkd_fx.errors import DataError, UnknownNameError
+from vmkd_fx.distill.data.mixing import Mixing
+from vmkd_fx.distill.data.order import generator, train_slices, validation_slices
+from vmkd_fx.distill.data.protocol import Batch
+from vmkd_fx.errors import DataError
 from vmkd_fx.extras import require
-
-Batch = tuple[Tensor, Tensor]
 
 # Of the digits outside the held-out set, at 32 x 32, rounded.
 DIGITS_MEAN = 0.305
@@ -33,38 +26,6 @@ DIGITS_STD = 0.324
 
 _HELD_OUT = 797
 _PIXEL_MAX = 16
-
-
-class ImageData(Protocol):
-    """What the trainer asks of a data set; `len` is the number of training images."""
-
-    name: str
-    labels: tuple[str, ...]
-    input_size: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __len__(self) -> int: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-    def train_batches(
-        self, epoch: int, start_batch: int = 0, *, batch_size: int, seed: int = 0
-    ) -> Iterator[Batch]:
-        """Shuffled, augmented batches of one epoch from batch `start_batch` on: `batches_per_epoch` in all.
-
-        Yields images (B, 3, H, W) in float32, normalised, and targets (B,) in int64.
-        """
-        ...
-
-    def validation_batches(self, batch_size: int = 256) -> Iterator[Batch]:
-        """The held-out images in their fixed order, as `train_batches` yields them but not augmented."""
-        ...
-
-    def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Held-out images (B, H, W, 3) as uint8, in the order of `validation_batches`, and targets (B,)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,11 +72,6 @@ def warp(images: Tensor, affine: Tensor, contrast: Tensor) -> Tensor:
     return (moved * contrast[:, None, None, None]).clamp(0, 1)
 
 
-def batches_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in one epoch; fewer images than one batch are one smaller batch."""
-    return max(1, images // batch_size)
-
-
 class Digits:
     """The 1797 handwritten digits that scikit-learn ships, grey, enlarged from 8 x 8 once.
 
@@ -126,6 +82,7 @@ class Digits:
         labelled: training images, 10 to 1000.
         image_size: height and width in pixels, at least 8.
         augmentation: None trains on the images as they are.
+        mixing: how pairs are mixed; None: not at all.
 
     Raises:
         DataError: `labelled` or `image_size` outside its range.
@@ -136,9 +93,15 @@ class Digits:
     labels = tuple("0123456789")
     mean = (DIGITS_MEAN,) * 3
     std = (DIGITS_STD,) * 3
+    # The images have the model's size: nothing is cut, and nothing is resized.
+    interpolation, crop_pct, crop_mode = "bicubic", 1.0, "center"
 
     def __init__(
-        self, labelled: int = 200, image_size: int = 32, augmentation: Augmentation | None = Augmentation()
+        self,
+        labelled: int = 200,
+        image_size: int = 32,
+        augmentation: Augmentation | None = Augmentation(),
+        mixing: Mixing | None = None,
     ) -> None:
         if image_size < 8:
             raise DataError(f"image_size is {image_size}; the digits are 8 x 8 and are enlarged: 8 or more")
@@ -153,9 +116,12 @@ class Digits:
         images = _enlarge(pixels, image_size)
         train, held_out = order[_HELD_OUT : _HELD_OUT + labelled], order[:_HELD_OUT]
         self.input_size = (3, image_size, image_size)
-        self.augmentation = augmentation
+        self.augmentation, self.mixing = augmentation, mixing
         self._images, self._targets = images[train], torch.from_numpy(targets[train])
-        self._held_out, self._held_out_targets = images[held_out], torch.from_numpy(targets[held_out])
+        self._held_out, self._held_out_targets = (
+            images[held_out],
+            torch.from_numpy(targets[held_out]),
+        )
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -164,25 +130,54 @@ class Digits:
     def num_classes(self) -> int:
         return len(self.labels)
 
+    def sample(self, index: int, epoch: int, seed: int = 0) -> tuple[Tensor, int]:
+        """See `ImageData.sample`."""
+        _, moves = self._epoch(seed, epoch)
+        return self._images_of(torch.tensor([index]), moves)[0], int(self._targets[index])
+
     def train_batches(
-        self, epoch: int, start_batch: int = 0, *, batch_size: int, seed: int = 0
+        self,
+        epoch: int,
+        start_batch: int = 0,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[Batch]:
         """See `ImageData.train_batches`."""
-        generator = _generator(seed, epoch)
-        order = torch.randperm(len(self), generator=generator)
-        moves = self.augmentation.draw(len(self), generator) if self.augmentation else None
-        for batch in range(start_batch, batches_per_epoch(len(self), batch_size)):
-            index = order[batch * batch_size : (batch + 1) * batch_size]
-            images = _unit(self._images[index])
-            if moves is not None:
-                images = warp(images, *(table[index] for table in moves))
-            yield self._normalise(images), self._targets[index]
+        order, moves = self._epoch(seed, epoch)
+        for positions in train_slices(len(self), batch_size, start_batch, rank, world_size):
+            index = order[positions]
+            images, targets = self._images_of(index, moves), self._targets[index]
+            if self.mixing is not None and self.mixing.active(epoch):
+                where = {"first": positions.start, "seed": seed, "epoch": epoch}
+                images, targets = self.mixing.mix(images, targets, **where, classes=self.num_classes)
+            yield Batch(images, targets, index)
 
-    def validation_batches(self, batch_size: int = 256) -> Iterator[Batch]:
+    def validation_batches(
+        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
         """See `ImageData.validation_batches`."""
-        images, targets = self._held_out.split(batch_size), self._held_out_targets.split(batch_size)
-        for image, target in zip(images, targets, strict=True):
-            yield self._normalise(_unit(image)), target
+        for part in validation_slices(len(self._held_out), batch_size, rank, world_size):
+            images = self._normalise(_unit(self._held_out[part]))
+            yield Batch(
+                images,
+                self._held_out_targets[part],
+                torch.arange(part.start, part.stop),
+            )
+
+    def _epoch(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The order of an epoch, and where each image is moved in it."""
+        random = generator(seed, epoch)
+        order = torch.randperm(len(self), generator=random)
+        return order, self.augmentation.draw(len(self), random) if self.augmentation else None
+
+    def _images_of(self, index: Tensor, moves: tuple[Tensor, Tensor] | None) -> Tensor:
+        images = _unit(self._images[index])
+        if moves is not None:
+            images = warp(images, *(table[index] for table in moves))
+        return self._normalise(images)
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """See `ImageData.held_out`."""
@@ -191,21 +186,6 @@ class Digits:
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
         return (images - mean) / std
-
-
-DATASETS = {Digits.name: Digits}
-
-
-def open_data(name: str, *, labelled: int, image_size: int, augment: bool = True) -> ImageData:
-    """The data set called `name`.
-
-    Raises:
-        UnknownNameError: there is no such data set.
-        DataError: it cannot give that many labelled images, or not of that size.
-    """
-    if name not in DATASETS:
-        raise UnknownNameError("data set", name, DATASETS)
-    return DATASETS[name](labelled, image_size, Augmentation() if augment else None)
 
 
 def _load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -235,8 +215,3 @@ def _enlarge(pixels: NDArray[np.float64], size: int) -> Tensor:
 def _unit(images: Tensor) -> Tensor:
     """uint8 (B, H, W) to float32 (B, 1, H, W) in [0, 1]."""
     return images[:, None].float() / 255
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))

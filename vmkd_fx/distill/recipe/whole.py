@@ -1,0 +1,62 @@
+"""A recipe as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from vmkd_fx.distill.recipe.data import DataConfig
+from vmkd_fx.distill.recipe.method import MethodConfig, as_list
+from vmkd_fx.distill.recipe.models import ModelConfig, TeacherConfig
+from vmkd_fx.distill.recipe.section import Section
+from vmkd_fx.distill.recipe.training import TrainConfig
+
+
+class Recipe(Section):
+    """One training, complete.
+
+    `method` is a preset's name, several joined by "+", a mapping with the preset and changed options, or a
+    list of these; absent or "none" it is training without distillation. `data` as a text is a folder.
+    """
+
+    student: ModelConfig
+    teachers: tuple[TeacherConfig, ...] = Field(default=(), strict=False)
+    method: tuple[MethodConfig, ...] = Field(default=(), strict=False)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    out: str = Field(description="folder for the log, checkpoints and weights")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return as_list(value)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        return {"name": "folder", "root": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _teachers_are_used(self) -> Recipe:
+        if self.teachers and not self.method:
+            raise ValueError(
+                "teachers are given and no method that uses them; add a method or drop the teachers"
+            )
+        return self
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of everything but `out` and the `manner` of each section: trainings with
+        one digest are one training.
+        """
+        excluded: dict[str, Any] = {"out": True, "teachers": {"__all__": set(TeacherConfig.manner)}}
+        sections: dict[str, type[Section]] = {
+            "student": ModelConfig,
+            "data": DataConfig,
+            "train": TrainConfig,
+        }
+        excluded |= {name: set(section.manner) for name, section in sections.items()}
+        content = self.model_dump(mode="json", exclude=excluded)
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
