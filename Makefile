@@ -31,6 +31,9 @@ papers: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/lowering_cost.py
 	$(BIN)/python benchmarks/tracing_cost.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/task_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/teacher_cache.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input_pipeline.py
 
 bench-lower: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lowering.py --out docs/lowering.md
