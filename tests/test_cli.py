@@ -298,7 +298,10 @@ def test_a_folder_of_another_recipe(folder: Path, capsys: pytest.CaptureFixture[
     recipe = write(folder / "r.yaml", {**RECIPE, "out": "run"})
     assert main(["train", recipe]) == 0
     assert "another recipe" in refused(capsys, "train", recipe, "train.lr=0.5")
-    assert main(["train", recipe, "train.lr=0.5", "--restart"]) == 0
+    assert main(["train", recipe, "--restart", "train.lr=0.5"]) == 0
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--restart", "train.lr=0.5", "nothing"])
+    assert "unrecognized arguments: train.lr=0.5 nothing" in capsys.readouterr().err
 
 
 def test_a_changed_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def main(line: Sequence[str] | None = None) -> int:
     asked to stop and can go on, 130 for an interruption.
     """
     try:
-        parsed = _parser().parse_args(line)
+        parsed = _parsed(line)
     except KeyboardInterrupt:
         return 130
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
@@ -137,6 +137,17 @@ VERBS = (
     ),
     Verb("run", deploying.run, "classify images with a bundle", "vmkd run bundle photo.jpg", arguments.run),
 )
+
+
+def _parsed(line: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(line)
+    # argparse ends a list of positional arguments at the first option: KEY=VALUE may stand behind it, too.
+    if rest and "override" in parsed and all("=" in text and text[0] != "-" for text in rest):
+        parsed.override += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,7 +79,7 @@ class DryRun:
                 "",
                 f"data: {self.data}",
                 f"output: {self.folder}",
-                f"one step on {where}: loss {self.terms['loss']:.4g} ({terms})",
+                f"one step on {where}: loss {self.terms['loss']:.4g}" + (terms and f" ({terms})"),
                 f"memory: about {in_bytes(self.memory.total)} a process ({self._parts()}){free}{peak}",
                 f"time: {self.steps} steps of {images} images, {config.epochs} epochs, in about "
                 f"{clock(self.seconds)} and validation besides ({1e3 * self.step_seconds:.0f} ms a step, "
