@@ -659,3 +659,17 @@ def test_a_model_made_on_meta_is_traced_without_memory() -> None:
     graph = vx.trace(model)
     assert {p.device.type for p in graph.parameters()} == {"meta"}
     assert graph(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 10)
+
+
+class Rolled(nn.Module):
+    """Where it rolls to depends on how many axes there are, so tracing asks for a shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(x, 1, x.dim() - 1)
+
+
+def test_a_weight_that_writes_as_it_is_read_is_not_read_for_a_shape() -> None:
+    model = net(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), Rolled()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vx.trace(model, input_size=SIZE)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

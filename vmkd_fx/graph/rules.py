@@ -53,9 +53,10 @@ def module_rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ):
         return _lstm(x, module)
     known = kind.__module__.startswith(("torch.nn.modules.", "timm.layers."))
+    if not known or not isinstance(module, _KEEP_SHAPE):  # a weight may be computed, and write as it is read
+        return None
     weight = getattr(module, "weight", None)
-    same = not isinstance(weight, torch.Tensor) or weight.dtype == x.dtype
-    return x if known and same and isinstance(module, _KEEP_SHAPE) else None
+    return x if not isinstance(weight, torch.Tensor) or weight.dtype == x.dtype else None
 
 
 def function_rule(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
