@@ -48,7 +48,7 @@ class Rates:
 _ENGINE = Rates(products=0.02, taps=0.2, transforms=1.0, moved=4.0, transposed=8.0, operators=2e6)
 
 RATES: Mapping[str, Rates] = {
-    "torch": Rates(products=28, taps=400, transforms=350, moved=200, transposed=400, operators=1e7),
+    "torch": Rates(products=28, taps=400, transforms=200, moved=350, transposed=400, operators=1e7),
     "onnxruntime": Rates(products=28, taps=400, transforms=6e4, moved=200, transposed=400, operators=1e7),
     "tensorrt": _ENGINE,
     "tensorrt-rtx": _ENGINE,
