@@ -173,6 +173,7 @@ def test_it_measures_prints_writes_and_measures_nothing_twice(
         assert results.stored(cache, MODEL, {**found, part: other}) is None
 
 
+@pytest.mark.slow
 def test_a_chain_that_fails_is_a_row_with_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

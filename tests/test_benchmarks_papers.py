@@ -22,6 +22,7 @@ def papers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("papers")
 
 
+@pytest.mark.slow
 def test_it_trains_prints_and_writes_and_goes_on_where_it_was(
     papers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

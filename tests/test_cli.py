@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(path: Path, content: dict) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", write(folder / "r.yaml", RECIPE), f"out={folder / 'run'}"]) == 0
+    return folder / "run" / "last.safetensors"
+
+
+@pytest.fixture(scope="module")
+def _deployed(trained: Path) -> Path:
+    out = trained.parent / "bundle"
+    assert main(["deploy", str(trained), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def bundle(_deployed: Path, folder: Path) -> Path:
+    """`bundle` in the current folder, which the test may spoil."""
+    return Path(shutil.copytree(_deployed, folder / "bundle"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -70,11 +92,9 @@ def test_the_road_from_recipe_to_prediction(folder: Path, capsys: pytest.Capture
 
 
 @pytest.mark.engine
-def test_build_adds_an_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("bundle")
+def test_build_adds_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
-    assert main(["deploy", "run/last.safetensors", "--target", "onnxruntime"]) == 0
-    capsys.readouterr()
     assert main(["build", "bundle", "--target", "tensorrt-rtx:sm86,sm120"]) == 0
     assert "sm86,sm120" in capsys.readouterr().out
     assert "model.tensorrt-rtx-sm86-sm120.engine" in read_bundle("bundle").manifest.files
@@ -223,12 +243,11 @@ def test_lower_and_bisect_with_a_wrong_pass(folder: Path, capsys: pytest.Capture
     assert "every pass is right on vit_tiny_patch16_224" in capsys.readouterr().out
 
 
-def test_lower_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
-    assert main(["lower", "run/last.safetensors", "--passes", "constants", "-v"]) == 0
+def test_lower_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lower", str(trained), "--passes", "constants", "-v"]) == 0
     assert "from training graph to lowered" in capsys.readouterr().out
     options = ("--option", "depth=3")
-    assert "goes with --model NAME" in refused(capsys, "lower", "run/last.safetensors", *options)
+    assert "goes with --model NAME" in refused(capsys, "lower", str(trained), *options)
 
 
 @pytest.mark.slow
@@ -304,10 +323,8 @@ def test_a_folder_of_another_recipe(folder: Path, capsys: pytest.CaptureFixture[
     assert "unrecognized arguments: train.lr=0.5 nothing" in capsys.readouterr().err
 
 
-def test_a_changed_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
-    assert main(["deploy", "run/last.safetensors"]) == 0
-    graph = folder / "bundle" / "model.onnx"
+def test_a_changed_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = bundle / "model.onnx"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
     graph.write_bytes(data)
@@ -315,11 +332,12 @@ def test_a_changed_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "model.onnx was changed: its SHA-256 is" in refused(capsys, "run", "bundle", "grey.png")
 
 
-def test_a_place_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", write(folder / "r.yaml", {**RECIPE, "out": "run"})]) == 0
+def test_a_place_that_cannot_be_written(
+    trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "r.yaml", RECIPE)
     (folder / "file").touch()
-    message = refused(capsys, "deploy", "run/last.safetensors", "--out", "file/bundle")
-    assert "cannot write" in message
+    assert "cannot write" in refused(capsys, "deploy", str(trained), "--out", "file/bundle")
     assert "cannot write" in refused(capsys, "train", "r.yaml", "out=file/run")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from vmkd_fx.cli import main
 from vmkd_fx.distill.card import create_model
 from vmkd_fx.distill.checkpoint import save_weights
 from vmkd_fx.distill.recipe import ModelConfig
@@ -92,13 +92,11 @@ def test_a_factory_in_the_current_directory(here: Path) -> None:
     assert isinstance(named_model("own_package.models:Net", {"in_features": 2, "out_features": 3}), nn.Linear)
 
 
-def test_a_factory_from_the_command_line(here: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_factory_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A console script does not have the current directory in its path, `vmkd inspect` finds it there."""
-    code = "import sys; sys.path.remove(''); from vmkd_fx.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = ["inspect", "own_package.models:timms", "--option", "num_classes=7"]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "test_resnet" in done.stdout
+    assert main(["inspect", "own_package.models:timms", "--option", "num_classes=7"]) == 0
+    assert "test_resnet" in capsys.readouterr().out
 
 
 def test_the_search_path_is_restored_after_a_failure(here: Path) -> None:

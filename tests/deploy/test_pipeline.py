@@ -24,7 +24,7 @@ from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 
 
 @pytest.mark.parametrize("family", rest_slow(["mixer", "poolformer", "deit", "resmlp", "gmlp"], 2))
-@pytest.mark.parametrize("predict", ["class", "mean"])
+@pytest.mark.parametrize("predict", rest_slow(["mean", "class"]))
 def test_the_bundle_computes_what_the_student_computes(family: str, predict: str, tmp_path: Path) -> None:
     student = randomise_(small(family))
     training = inject_std_tokens(vx.trace(student), StdConfig()).eval()

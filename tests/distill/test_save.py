@@ -333,6 +333,7 @@ def test_an_option_that_timm_does_not_take(nothing: Path) -> None:
         vx.save(plain("test_vit"), nothing, options={"img_sise": 64})
 
 
+@pytest.mark.slow
 def test_an_image_size_that_shows_in_no_weight(tmp_path: Path) -> None:
     options = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, img_size=56, **options)

@@ -352,7 +352,7 @@ def test_under_distributed_data_parallel(name: str) -> None:
 
 
 # Without dropout: a compiled graph draws other random numbers.
-@pytest.mark.parametrize("name", rest_slow(["test_resnet", "test_vit"]))
+@pytest.mark.parametrize("name", rest_slow(["test_resnet", "test_vit"], 0))
 def test_compiled_as_one_graph(name: str) -> None:
     torch.manual_seed(0)
     plain = vx.trace(timm.create_model(name, num_classes=10)).train()

@@ -11,10 +11,10 @@ import torch
 import vmkd_fx as vx
 from tests.checks import assert_computes_the_same, assert_same_module, fingerprint, identical
 from tests.models import images
-from tests.zoo import VARIED, Member, build, by_family
+from tests.zoo import DIVERSE, Member, build, by_family
 
 
-@pytest.mark.parametrize("member", by_family(VARIED))
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_the_graph_is_the_model_through_all_that_training_does(member: Member) -> None:
     model = build(member)
     twin = copy.deepcopy(model)

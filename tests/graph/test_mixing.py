@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import vmkd_fx as vx
+from tests.slow import rest_slow
 from vmkd_fx.graph.anatomy import LOCATION_AXES, Branch
 from vmkd_fx.graph.locations import Located
 from vmkd_fx.graph.mixing import Mixing, mixes_tokens
@@ -392,7 +393,7 @@ def kind_of(graph: TracedModule, node: Node) -> object:
     return type(graph.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", rest_slow(QUICK, 10))
 def test_graph_and_numbers_agree(name: str) -> None:
     assert hold_against_each_other(name, one_of_a_kind=True)
 

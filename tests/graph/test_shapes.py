@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vmkd_fx as vx
 from tests.models import small
-from tests.zoo import VARIED, Member, build, by_family
+from tests.zoo import DIVERSE, Member, build, by_family
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.rules import Sized
 from vmkd_fx.graph.shapes import node_shapes
@@ -26,7 +26,7 @@ def _known(graph: TracedModule, rules: bool) -> dict[str, Any]:
     return {node.name: values.of(node) for node in graph.graph.nodes}
 
 
-@pytest.mark.parametrize("member", by_family(VARIED))
+@pytest.mark.parametrize("member", by_family(DIVERSE))
 def test_rules_agree_with_torch(member: Member) -> None:
     with torch.device("meta"):
         model = build(member)

@@ -79,7 +79,7 @@ POOLS = (
 )
 
 
-@pytest.mark.parametrize(("name", "pool"), POOLS)
+@pytest.mark.parametrize(("name", "pool"), rest_slow(POOLS, 12))
 def test_pools(name: str, pool: str) -> None:
     sized = {"img_size": 64} if "vit" in name else {}
     model = timm.create_model(name, num_classes=0 if pool in ("", "fast") else 10, global_pool=pool, **sized)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vmkd_fx as vx
 from tests.models_extra import like_timm
 from tests.models_extra.like_timm import PeakMemory, images
+from tests.slow import rest_slow
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.models import cycle_mlp
@@ -113,7 +114,7 @@ def test_sizes_are_the_papers(variant: int, millions: float, parameters: int) ->
     like_timm.assert_configured(model)
 
 
-@pytest.mark.parametrize(("variant", "billions"), [(1, 2.131), (2, 3.890)])
+@pytest.mark.parametrize(("variant", "billions"), rest_slow([(1, 2.131), (2, 3.890)]))
 def test_multiply_adds(variant: int, billions: float) -> None:
     found = multiply_adds(like_timm.created(f"cycle_mlp_b{variant}"), (3, 224, 224))
     assert round(found / 1e9, 3) == billions

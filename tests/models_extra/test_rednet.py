@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.models_extra import like_timm
 from tests.models_extra.like_timm import PeakMemory, images
+from tests.slow import rest_slow
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.models import rednet
@@ -109,7 +110,7 @@ def test_memory_is_a_small_share_of_unfolding(training: bool, share: int) -> Non
     assert share * peaks[0] < peaks[1], f"{peaks[0]} bytes against {peaks[1]}"
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", rest_slow([1, 2]))
 def test_an_involution_exports(stride: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     like_timm.assert_exports(Involution2d(16, 3, stride), images(3, 16, 7, 9), tmp_path / "involution.onnx")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vmkd_fx as vx
 from tests.checks import assert_computes_the_same
 from tests.models import images
+from tests.slow import rest_slow
 from vmkd_fx.errors import ModelError
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
 from vmkd_fx.graph.verify import relative_error
@@ -90,13 +91,16 @@ def test_equation_4(norm: nn.Module, shape: tuple[int, ...], channels_last: bool
 
 @pytest.mark.parametrize(
     ("name", "millions", "at_224", "at_384", "printed"),
-    [
-        ("riformer_s12", 11.915, 1.823, 5.355, (12, 1.8, 5.4)),
-        ("riformer_s24", 21.389, 3.413, 10.029, (21, 3.4, 10.0)),
-        ("riformer_s36", 30.863, 5.003, 14.702, (31, 5.0, 14.7)),
-        ("riformer_m36", 56.173, 8.802, 25.865, (56, 8.8, 25.9)),
-        ("riformer_m48", 73.473, 11.591, 34.061, (73, 11.6, 34.1)),
-    ],
+    rest_slow(
+        [
+            ("riformer_s12", 11.915, 1.823, 5.355, (12, 1.8, 5.4)),
+            ("riformer_s24", 21.389, 3.413, 10.029, (21, 3.4, 10.0)),
+            ("riformer_s36", 30.863, 5.003, 14.702, (31, 5.0, 14.7)),
+            ("riformer_m36", 56.173, 8.802, 25.865, (56, 8.8, 25.9)),
+            ("riformer_m48", 73.473, 11.591, 34.061, (73, 11.6, 34.1)),
+        ],
+        2,
+    ),
 )
 def test_table_6(
     name: str, millions: float, at_224: float, at_384: float, printed: tuple[float, float, float]
@@ -299,7 +303,7 @@ def test_the_graph_is_the_model_in_both_modes(name: str) -> None:
     assert [any(branch.mixing.mixes for branch in block.branches) for block in blocks] == MIXES[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", rest_slow(NAMES))
 def test_it_compiles_without_a_break(name: str) -> None:
     model, x = small(name).eval(), images(size=SIZE)
     with warnings.catch_warnings():

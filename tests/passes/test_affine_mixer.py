@@ -16,6 +16,7 @@ import vmkd_fx as vx
 from tests.checks import assert_same_module, fingerprint
 from tests.models import images
 from tests.models import small as fresh
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError, ReceiptError, RecipeError
 from vmkd_fx.graph.replace import replacements
 from vmkd_fx.graph.shapes import parameter_count
@@ -178,14 +179,17 @@ def test_one_shift_that_is_lost_would_be_seen() -> None:
 
 @pytest.mark.parametrize(
     ("name", "count", "dims"),
-    [
-        ("poolformer_s12", 12, {3}),
-        ("convformer_s18", 18, {3}),
-        ("caformer_s18", 18, {3, 1}),
-        ("swin_tiny_patch4_window7_224", 12, {1}),
-        ("deit_tiny_distilled_patch16_224", 12, {1}),
-        ("beit_base_patch16_224", 12, {1}),
-    ],
+    rest_slow(
+        [
+            ("poolformer_s12", 12, {3}),
+            ("convformer_s18", 18, {3}),
+            ("caformer_s18", 18, {3, 1}),
+            ("swin_tiny_patch4_window7_224", 12, {1}),
+            ("deit_tiny_distilled_patch16_224", 12, {1}),
+            ("beit_base_patch16_224", 12, {1}),
+        ],
+        3,
+    ),
 )
 def test_every_mixer_of_timms_models_in_its_layout(name: str, count: int, dims: set[int]) -> None:
     """`dims`: of the scale as it is broadcast, 3 where channels come first."""

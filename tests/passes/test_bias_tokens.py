@@ -16,6 +16,7 @@ import vmkd_fx as vx
 from tests.checks import assert_is, assert_same_module, fingerprint
 from tests.models import images, small
 from tests.passes.lowering import operators
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError, ReceiptError, RecipeError, UnknownNameError
 from vmkd_fx.graph.replace import Replaced, replacements
 from vmkd_fx.graph.shapes import parameter_count
@@ -236,7 +237,7 @@ def test_copies_and_pickles(tokens: str) -> None:
         assert torch.equal(vx.strip(other)(images()), expected["logits"])
 
 
-@pytest.mark.parametrize("tokens", BOTH)
+@pytest.mark.parametrize("tokens", rest_slow(BOTH))
 def test_compiles_whole(tokens: str) -> None:
     module = _with_tokens(tokens).eval()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -244,7 +245,7 @@ def test_compiles_whole(tokens: str) -> None:
         torch.testing.assert_close(value, module(images())[name])
 
 
-@pytest.mark.parametrize("tokens", BOTH)
+@pytest.mark.parametrize("tokens", rest_slow(BOTH))
 def test_lowers(tokens: str) -> None:
     """The stems' convolutions take in the BatchNorm behind them; that behind the involution has none."""
     module = _with_tokens(tokens).eval()

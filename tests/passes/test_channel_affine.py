@@ -250,7 +250,7 @@ CORRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("rewrite", ["scale_rows", "scale_columns"])
+@pytest.mark.parametrize("rewrite", rest_slow(["scale_rows", "scale_columns"]))
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_the_verifier_catches_a_corrupted_rewrite(
     monkeypatch: pytest.MonkeyPatch, rewrite: str, corruption: str

@@ -14,6 +14,7 @@ import vmkd_fx as vx
 from tests.checks import assert_same_module, fingerprint
 from tests.models import images, renamed
 from tests.models import small as fresh
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError, ModelError, ReceiptError, RecipeError
 from vmkd_fx.graph.replace import Replaced, replacements
 from vmkd_fx.graph.shapes import parameter_count
@@ -250,12 +251,15 @@ def test_it_compiles_as_one_graph() -> None:
 
 @pytest.mark.parametrize(
     ("name", "groups", "before", "after"),
-    [
-        ("mixer_b16_224", 8, 59.11, 57.32),
-        ("resmlp_36_224", 8, 44.31, 42.97),
-        ("resmlp_36_224", 1, 44.31, 42.92),
-        ("resmlp_36_224", 384, 44.31, 45.62),
-    ],
+    rest_slow(
+        [
+            ("mixer_b16_224", 8, 59.11, 57.32),
+            ("resmlp_36_224", 8, 44.31, 42.97),
+            ("resmlp_36_224", 1, 44.31, 42.92),
+            ("resmlp_36_224", 384, 44.31, 45.62),
+        ],
+        2,
+    ),
 )
 def test_sizes_of_ccs_tables_3_to_5(name: str, groups: int, before: float, after: float) -> None:
     """Millions of parameters without the head of 1000 classes."""

@@ -243,6 +243,7 @@ def test_constants_are_computed_once() -> None:
     assert set(operators(module)) == {"conv2d", "add", "tanh", "mean", "linear"}
 
 
+@pytest.mark.slow
 def test_swin_loses_its_arithmetic_on_shapes() -> None:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224",

@@ -14,6 +14,7 @@ import vmkd_fx as vx
 from tests.models import FoldableNet, small
 from tests.passes.corruptions import CORRUPTIONS, corrupted, products
 from tests.random_specs import Net, step
+from tests.slow import rest_slow
 from vmkd_fx.errors import VerificationError
 from vmkd_fx.graph.traced import TracedModule, fork
 from vmkd_fx.graph.verify import logits_of, probe_images, relative_error
@@ -137,7 +138,7 @@ def stages() -> dict[str, list[Stage]]:
 
 
 @pytest.mark.parametrize("name", [lowering_pass.name for lowering_pass in LOWERING])
-@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("corruption", rest_slow(CORRUPTIONS, 2))
 def test_a_spoiled_result_is_stopped(name: str, corruption: str) -> None:
     """On the first model where it matters; what is not stopped must compute the same on other images."""
     assert stages()[name], f"no model of `models` gives the pass {name!r} anything to do: add one that does"

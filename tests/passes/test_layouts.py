@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.passes.lowering import lowered_by, operators
+from tests.slow import rest_slow
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.models.cycle_fc import CycleFC, cycle_shift, in_shift_order
 from vmkd_fx.passes.cleanup.expands import EXPANDS
@@ -142,7 +143,7 @@ def twice(net: Maps, x: Tensor) -> Tensor:
     return first(net.one(torch.tanh(net.one(last(x)))))
 
 
-@pytest.mark.parametrize(("body", "left"), [(mlp, 0), (gated, 0), (biased, 0), (normed, 2)])
+@pytest.mark.parametrize(("body", "left"), rest_slow([(mlp, 0), (gated, 0), (biased, 0), (normed, 2)], 2))
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_linears_between_turns_are_convolutions(body: Body, left: int, target: str) -> None:
     before = operators(ran(body)[0])

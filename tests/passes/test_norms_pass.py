@@ -10,6 +10,7 @@ from torch import nn
 
 import vmkd_fx as vx
 from tests.models import FoldableNet, small
+from tests.slow import rest_slow
 from vmkd_fx.errors import PassError, VerificationError
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.verify import randomise_
@@ -138,7 +139,7 @@ def test_torch_keeps_its_group_norm() -> None:
     assert count(module, aten.group_norm) == 1
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", rest_slow(["onnxruntime", "tensorrt", "tensorrt-rtx"]))
 def test_poolformers_norms_keep_no_weights(target: str) -> None:
     module, matched = lowered(randomise_(small("poolformer")), target, size=64)
     assert matched["group_norms"] == 16

@@ -20,7 +20,7 @@ from vmkd_fx.passes.std_tokens import StdConfig, inject_std_tokens
 from vmkd_fx.steps import Ledger
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", rest_slow(FAMILIES, 3))
 @pytest.mark.parametrize("predict", rest_slow(["class", "mean"]))
 def test_a_lowered_model_computes_the_same_with_less(family: str, predict: str) -> None:
     model = randomise_(small(family)).double()

@@ -114,13 +114,15 @@ SETTINGS = settings(deadline=None, database=None, print_blob=False, suppress_hea
 def test_random_networks_lower_right() -> None:
     tally = Tally()
 
-    @settings(SETTINGS, max_examples=20, derandomize=True)
+    @settings(SETTINGS, max_examples=8, derandomize=True)
     @given(nets())
     def run(net: Net) -> None:
         tally.check(net)
 
     run()
-    tally.judge()
+    assert tally.lowered == tally.drawn, tally.refused
+    assert tally.merged
+    assert tally.after < tally.before
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def test_it_is_single_precision_under_autocast() -> None:
     assert torch.isfinite(outputs[OUTPUT])
 
 
+@pytest.mark.slow
 def test_it_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     module, x = measured(), images(4, dtype=torch.float64)

@@ -15,6 +15,7 @@ import vmkd_fx as vx
 import vmkd_fx.models.cycle_mlp  # timm's decorator registers on import
 from tests.checks import assert_is, assert_same_module, fingerprint
 from tests.models import images, small
+from tests.slow import rest_slow
 from vmkd_fx.errors import MatchError, ReceiptError, RecipeError, UnknownNameError
 from vmkd_fx.graph.receipt import Receipt
 from vmkd_fx.graph.shapes import multiply_adds, parameter_count
@@ -36,14 +37,17 @@ def of_table_2(name: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "parameters", "operations", "printed"),
-    [
-        ("mixer_s16_224", 22.163, 4.2535, (22.2, 4.3)),
-        ("mixer_b16_224", 66.708, 13.670, (66.7, 13.7)),
-        ("resmlp_24_224", 32.452, 6.226, (32.5, 6.2)),
-        ("resmlp_b24", 122.565, 24.070, (122.6, 24.1)),
-        ("cycle_mlp_b1", 18.421, 2.249, (18.4, 2.2)),
-        ("cycle_mlp_b2", 30.068, 4.008, (30.1, 4.0)),
-    ],
+    rest_slow(
+        [
+            ("mixer_s16_224", 22.163, 4.2535, (22.2, 4.3)),
+            ("mixer_b16_224", 66.708, 13.670, (66.7, 13.7)),
+            ("resmlp_24_224", 32.452, 6.226, (32.5, 6.2)),
+            ("resmlp_b24", 122.565, 24.070, (122.6, 24.1)),
+            ("cycle_mlp_b1", 18.421, 2.249, (18.4, 2.2)),
+            ("cycle_mlp_b2", 30.068, 4.008, (30.1, 4.0)),
+        ],
+        2,
+    ),
 )
 def test_sizes_of_std_table_2(
     name: str, parameters: float, operations: float, printed: tuple[float, float]
@@ -115,7 +119,9 @@ def test_the_class_token_is_left_out() -> None:
     assert not torch.equal(tokens(z), tokens(z + 1))
 
 
-@pytest.mark.parametrize("name", ["mixer_s16_224", "resmlp_12_224", "gmlp_ti16_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", rest_slow(["deit_tiny_patch16_224", "mixer_s16_224", "resmlp_12_224", "gmlp_ti16_224"])
+)
 def test_strip_of_wrap_is_the_model(name: str) -> None:
     model = timm.create_model(name)
     task = vx.wrap(model, "std", teachers=[_constant_teacher(1000)])

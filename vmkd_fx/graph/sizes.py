@@ -1,8 +1,8 @@
 """Shapes in a graph of ATen operators, kept up while it is rewritten, and which axis grows with the batch.
 
 Each value is evaluated without numbers for batches of two and of three images: what differs between the two
-is the batch. The result stays at its node, so a copy of the graph has it too and a new node costs one
-evaluation.
+is the batch. The result stays at its node, so a copy of the graph has it too, and the same call of another
+node, in this graph or any other, is not evaluated again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ BATCHES = (2, 3)
 
 _HELD, _WORK = "vmkd_held", "vmkd_work"
 
+_found: dict[str, Any] = {}
+_worked: dict[str, int] = {}
+_MOST = 20_000
+"""Calls that are remembered, some ten megabytes."""
+
 
 class Sizes:
     """What the nodes under `root` hold for images of one size.
@@ -37,8 +42,6 @@ class Sizes:
         self._root = root
         self._shape, self._dtype = image_form(root, size)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._found: dict[str, Any] = {}
-        self._worked: dict[str, int] = {}
 
     def held(self, node: Node) -> tuple[Any, Any]:
         """The value of `node` for two and for three images; tensors are `Sized`."""
@@ -77,12 +80,12 @@ class Sizes:
         if node.op != "call_function":
             return 0
         key, args, kwargs = self._call(node, 0)
-        if key not in self._worked:
+        if key not in _worked:
             with counting() as counter, self._mode, torch.no_grad():
                 args, kwargs = (tree_map_only(Sized, _empty, given) for given in (args, kwargs))
                 node.target(*args, **kwargs)  # type: ignore[operator]
-            self._worked[key] = counter.get_total_flops() // 2
-        return self._worked[key]
+            _remember(_worked, key, counter.get_total_flops() // 2)
+        return _worked[key]
 
     def _call(self, node: Node, index: int) -> tuple[str, Any, Any]:
         """The node's arguments for one of the batches, and a text that is the same for the same call."""
@@ -97,12 +100,18 @@ class Sizes:
         if node.op == "get_attr":
             return tree_map_only(torch.Tensor, sized, attribute(self._root, str(node.target)))
         key, args, kwargs = self._call(node, index)
-        if key not in self._found:
+        if key not in _found:
             with self._mode, torch.no_grad():
                 args, kwargs = (tree_map_only(Sized, _empty, given) for given in (args, kwargs))
                 value = node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
-            self._found[key] = tree_map_only(torch.Tensor, sized, value)
-        return self._found[key]
+            _remember(_found, key, tree_map_only(torch.Tensor, sized, value))
+        return _found[key]
+
+
+def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
+    if len(memory) >= _MOST:
+        memory.clear()
+    memory[key] = value
 
 
 def _empty(held: Sized) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.graph import PythonCode
 
 from vmkd_fx.graph.normal_form import normal_form
 from vmkd_fx.graph.traced import TracedModule
@@ -40,9 +41,16 @@ def specialise_to_evaluation(module: TracedModule) -> tuple[TracedModule, int]:
 def tidied(module: TracedModule) -> TracedModule:
     """The same graph without dead nodes, over only those parameters and buffers that it reads, compiled."""
     module.graph.eliminate_dead_code()
-    used = GraphModule(module, module.graph)
+    used = _Used(module, module.graph)
     used.meta = module.meta
     return TracedModule(used, module.graph).eval()
+
+
+class _Used(GraphModule):
+    """What a graph reads, picked out; it is never called, and generating code is most of the work."""
+
+    def recompile(self) -> PythonCode:
+        return PythonCode("", {}, None)
 
 
 def _hands_input_on(node: Node) -> bool:

@@ -21,8 +21,17 @@ from vmkd_fx.passes.injections import Injected, edits_of, inject
 
 every_preset = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.preset)
 
-COMPILED = ("kd", "std", "vitkd")
-"""Compiling takes long: these by default, the others under the marker `slow`."""
+
+def by_preset(*default: str) -> pytest.MarkDecorator:
+    """Every preset: those named in each run, the others under the marker `slow`."""
+    cases = [
+        pytest.param(pair, id=pair.preset, marks=() if pair.preset in default else pytest.mark.slow)
+        for pair in PAIRS
+    ]
+    return pytest.mark.parametrize("pair", cases)
+
+
+one_of_a_kind = by_preset("std", "vitkd", "riformer", "ccs", "cit", "deit", "kd")
 
 
 def batch(task: DistillationTask, count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +72,7 @@ def test_three_steps_lower_the_loss(pair: Pair) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-@every_preset
+@one_of_a_kind
 def test_what_is_given_is_left_alone(pair: Pair) -> None:
     student, teachers = pair.make_student(), pair.make_teachers()
     for teacher in teachers:
@@ -89,7 +98,7 @@ def test_the_student_comes_out(pair: Pair) -> None:
         assert_is(stripped, student, x)
 
 
-@every_preset
+@one_of_a_kind
 def test_the_student_is_built_again_without_its_teachers(pair: Pair) -> None:
     task = pair.wrap()
     edits = json.loads(json.dumps([edit.to_json() for edit in edits_of(task.trainable_module)]))
@@ -98,13 +107,7 @@ def test_the_student_is_built_again_without_its_teachers(pair: Pair) -> None:
     built.load_state_dict(task.trainable_module.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param(pair, id=pair.preset, marks=() if pair.preset in COMPILED else pytest.mark.slow)
-        for pair in PAIRS
-    ],
-)
+@by_preset("vitkd")
 def test_it_compiles_as_one_graph(pair: Pair) -> None:
     torch._dynamo.reset()
     task = pair.wrap().eval()
@@ -115,7 +118,7 @@ def test_it_compiles_as_one_graph(pair: Pair) -> None:
     assert task.train()(*given)["loss"].isfinite()
 
 
-@every_preset
+@one_of_a_kind
 def test_it_is_copied_and_pickled(pair: Pair) -> None:
     task = pair.wrap().eval()
     given = batch(task)
@@ -126,7 +129,7 @@ def test_it_is_copied_and_pickled(pair: Pair) -> None:
     assert torch.equal(*(out["logits"] if isinstance(out, dict) else out for out in (found, whole)))
 
 
-@every_preset
+@one_of_a_kind
 def test_soft_labels_and_half_precision(pair: Pair) -> None:
     task = pair.wrap().train()
     x, target = batch(task)

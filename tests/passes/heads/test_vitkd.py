@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.slow import rest_slow
 from vmkd_fx.errors import ModelError, RecipeError, UnknownNameError
 from vmkd_fx.passes.heads import (
     ViTKDGenerator,
@@ -87,7 +88,7 @@ def test_every_parameter_of_a_generator_learns(kind: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in generator.parameters())
 
 
-@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("kind", rest_slow(GENERATORS))
 def test_a_generator_compiles_in_one_graph_under_autocast(kind: str) -> None:
     torch._dynamo.reset()
     generator = ViTKDGenerator(kind, 6, 8, 9, 0.5, prefix_tokens=1)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.slow import rest_slow
 from vmkd_fx.deploy.onnx_operators import translations
 from vmkd_fx.errors import BuildError, ModelError, UnknownNameError
 from vmkd_fx.passes.mixing.choose import RATES, candidates, choose, factorisations, named, predicted
@@ -73,7 +74,7 @@ def test_measurements_decide_over_the_model_and_are_plain_data() -> None:
         choose(problem, "torch", measured={"onnx-dft": 1e-6})
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("kind", rest_slow(["torch", "onnxruntime"]))
 def test_measured_on_this_machine(kind: str) -> None:
     problem = Problem((49,), 8, 2)
     known = candidates(problem, kind, each=1)

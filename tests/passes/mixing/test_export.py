@@ -53,7 +53,7 @@ def assert_runs(module: nn.Module, x: Tensor, expected: Tensor, tolerance: float
     return model
 
 
-@pytest.mark.parametrize("name", LINE)
+@pytest.mark.parametrize("name", rest_slow(LINE, 3))
 def test_one_dimension_in_onnx_runtime(name: str) -> None:
     torch.manual_seed(0)
     kernel, x = torch.randn(2, 12, dtype=torch.float64), torch.randn(3, 12, 6)
@@ -61,7 +61,7 @@ def test_one_dimension_in_onnx_runtime(name: str) -> None:
     assert_runs(module, x, circulant(x.double(), kernel).float(), 1e-5)
 
 
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize("name", rest_slow(GRID, 3))
 def test_two_dimensions_in_onnx_runtime(name: str) -> None:
     torch.manual_seed(0)
     kernel, x = torch.randn(6, 4, 5, dtype=torch.float64), torch.randn(3, 4, 5, 6)

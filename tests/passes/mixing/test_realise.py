@@ -18,7 +18,7 @@ from vmkd_fx.models import register
 from vmkd_fx.passes.circulant_mixer import CirculantConfig, inject_circulant_mixers
 
 
-@pytest.mark.parametrize("target", ["torch", "onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", rest_slow(["torch", "onnxruntime", "tensorrt-rtx"], 2))
 @pytest.mark.parametrize("family", rest_slow(["mixer", "resmlp", "gmlp"]))
 def test_every_circulant_mixer_is_realised(family: str, target: str) -> None:
     student = inject_circulant_mixers(vx.trace(small(family)), CirculantConfig(groups=4)).eval()
