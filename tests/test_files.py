@@ -13,7 +13,7 @@ import pytest
 
 from vmkd_fx import files
 from vmkd_fx.errors import OutputError
-from vmkd_fx.files import appearing, drafting, make_folder, sha256, write_text, writing
+from vmkd_fx.files import appearing, check_writable, drafting, make_folder, sha256, write_text, writing
 
 
 def test_a_file_appears_under_its_name_with_the_usual_rights(tmp_path: Path) -> None:
@@ -52,6 +52,14 @@ def test_a_place_below_a_file(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "x", "")
     with pytest.raises(OutputError, match=r"cannot write .*(Not a directory|File exists)"):
         make_folder(tmp_path / "file" / "x")
+
+
+def test_a_place_is_refused_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "deeper" / "file")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*file/below/it: .*/file is no folder"):
+        check_writable(tmp_path / "file" / "below" / "it")
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def drafting(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a place that no file or folder can be made at, before the work that would be lost there.
+
+    Raises:
+        OutputError: what is there above `path` is no folder, or may not be written to.
+    """
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"cannot write {path}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission to write to {above}")
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """The folder at `path`, made if it is not there.
 

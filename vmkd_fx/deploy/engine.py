@@ -25,7 +25,7 @@ from vmkd_fx.deploy.precision.readback import hold_to, read_layers
 from vmkd_fx.deploy.runtime import OnnxBackend
 from vmkd_fx.deploy.tensorrt import TITLES, Network, package
 from vmkd_fx.errors import BuildError, MissingExtraError
-from vmkd_fx.files import writing
+from vmkd_fx.files import check_writable, writing
 from vmkd_fx.steps import Step
 from vmkd_fx.target import COMPUTE_CAPABILITIES, ENGINE_KINDS, Profile, Target, parse_target
 
@@ -72,6 +72,7 @@ def build(
     if not is_bundle(source):
         if not source.is_file():
             raise BuildError(f"there is no ONNX file and no bundle {source}")
+        check_writable(out if out is not None else source)
         engine, info, step = build_engine(source, target, profile, progress, options)
         with writing(out if out is not None else source.with_suffix(f".{info.suffix}")) as temporary:
             temporary.write_bytes(engine)

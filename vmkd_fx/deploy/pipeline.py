@@ -21,6 +21,7 @@ from vmkd_fx.deploy.precision.write import check_precision, write_in
 from vmkd_fx.deploy.preprocess import Preprocess
 from vmkd_fx.errors import ModelError
 from vmkd_fx.extras import require
+from vmkd_fx.files import check_writable
 from vmkd_fx.frames import Frames, parse_frames
 from vmkd_fx.target import ENGINE_KINDS, Profile, Target, parse_target
 
@@ -79,6 +80,7 @@ def deploy(
     require("torch", "train", "deploying a model")
     check_precision(precision, target.kind, calibrate)
     refuse_foreign(Path(out).resolve())
+    check_writable(out)
     from vmkd_fx.passes.lowering import PORTABLE
     from vmkd_fx.passes.pipeline import lower
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from vmkd_fx.errors import VerificationError
+from vmkd_fx.files import check_writable
 from vmkd_fx.verbs.given import is_checkpoint, named_or_restored
 
 
@@ -15,6 +16,8 @@ def lower(parsed: argparse.Namespace) -> None:
 
     parse_target(parsed.target)  # a wrong one is said before any work is done
     require("timm", "train", "lowering a model")
+    if parsed.onnx:
+        check_writable(parsed.onnx)
     from vmkd_fx.passes.explain import explain
     from vmkd_fx.passes.named import named_passes
     from vmkd_fx.passes.pipeline import lower
