@@ -18,7 +18,7 @@ from vmkd_fx.cli import main
 from vmkd_fx.deploy.bench import bench
 from vmkd_fx.deploy.bench_machine import hints, usual_threads
 from vmkd_fx.deploy.bench_memory import can_measure, peak_memory
-from vmkd_fx.deploy.bench_plot import check_plot, plot
+from vmkd_fx.deploy.bench_plot import plot
 from vmkd_fx.deploy.bench_race import LEAST_RUNS, Settings
 from vmkd_fx.deploy.bench_report import Bench
 from vmkd_fx.deploy.bench_sides import images_of, torch_side
@@ -185,7 +185,7 @@ def test_the_picture(found: Bench, tmp_path: Path) -> None:
     plot(found, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(OutputError, match=r"name a file that ends in \.png, \.svg, \.pdf"):
-        check_plot(tmp_path / "bench.xls")
+        plot(found, tmp_path / "bench.xls")
 
 
 def test_the_command(bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

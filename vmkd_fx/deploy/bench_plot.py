@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from vmkd_fx.deploy.bench_report import Bench, Figures
-from vmkd_fx.errors import OutputError
-from vmkd_fx.extras import require
-from vmkd_fx.files import writing
-
-KINDS = (".png", ".svg", ".pdf")
+from vmkd_fx.picture import check_picture, write_picture
 
 _COLOURS = {"bundle": "#0b6e4f", "torch": "#c8553d", "compile": "#8a5a9e", "onnxruntime": "#3b6ea8"}
 _ROW = 0.42  # inches
 _INK, _PALE = "#222222", "#d8d8d8"
-
-
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Refuse what cannot be drawn before anything is measured.
-
-    Raises:
-        OutputError: another kind of file.
-        MissingExtraError: the extra `plot` is not installed.
-    """
-    if Path(path).suffix.lower() not in KINDS:
-        raise OutputError(f"cannot draw {path}: name a file that ends in {', '.join(KINDS)}")
-    require("matplotlib", "plot", "drawing a benchmark")
 
 
 def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
@@ -40,7 +23,7 @@ def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
         OutputError: another kind of file, or it cannot be written.
         MissingExtraError: the extra `plot` is not installed.
     """
-    check_plot(path)
+    check_picture(path)
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -63,8 +46,7 @@ def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
         _dress(axes, rows)
     where = next(iter(bench.sides.values())).device
     figure.suptitle(f"{bench.name}, {bench.precision}, on {where}", fontsize=10, color=_INK)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_picture(figure, path)
 
 
 def _draw_time(axes: Any, at: int, row: Figures) -> None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vmkd_fx.distill.curves import SCORES, Points, Run
-from vmkd_fx.errors import OutputError
-from vmkd_fx.extras import require
-from vmkd_fx.files import writing
-
-KINDS = (".png", ".svg", ".pdf")
+from vmkd_fx.picture import check_picture, write_picture
 
 _COLOURS = ("#0b6e4f", "#c8553d", "#3b6ea8", "#8a5a9e", "#b8860b", "#4a4a4a", "#d6618f", "#2a9d9d")
 _STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)))
@@ -22,18 +17,6 @@ _WIDTH, _HEIGHT, _COLUMNS = 5.0, 2.9, 2  # inches a panel
 _BINS = 150
 _LABEL = 8  # points
 _FIRST = ("accuracy", "loss", "class_loss", "dist_loss")
-
-
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Refuse what cannot be drawn.
-
-    Raises:
-        OutputError: another kind of file.
-        MissingExtraError: the extra `plot` is not installed.
-    """
-    if Path(path).suffix.lower() not in KINDS:
-        raise OutputError(f"cannot draw {path}: name a file that ends in {', '.join(KINDS)}")
-    require("matplotlib", "plot", "drawing curves")
 
 
 def draw(runs: Sequence[Run], path: str | os.PathLike[str]) -> None:
@@ -61,8 +44,7 @@ def draw(runs: Sequence[Run], path: str | os.PathLike[str]) -> None:
         _draw_panel(axes, panel, runs, in_epochs, right)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    with writing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_picture(figure, path)
 
 
 def panels_of(runs: Sequence[Run]) -> list[str]:

@@ -26,10 +26,11 @@ def verify(parsed: argparse.Namespace) -> None:
 
 def bench(parsed: argparse.Namespace) -> None:
     from vmkd_fx.deploy.bench import Settings, bench
-    from vmkd_fx.deploy.bench_plot import check_plot, plot
+    from vmkd_fx.deploy.bench_plot import plot
+    from vmkd_fx.picture import check_picture
 
     if parsed.plot:
-        check_plot(parsed.plot)
+        check_picture(parsed.plot)
     given = {} if parsed.threads is None else {"threads": parsed.threads}
     settings = Settings(parsed.batch, parsed.runs, parsed.seconds, memory=not parsed.no_memory, **given)
     found = bench(

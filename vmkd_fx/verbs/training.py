@@ -56,13 +56,12 @@ def cache(parsed: argparse.Namespace) -> None:
 
 def plot(parsed: argparse.Namespace) -> None:
     from vmkd_fx.distill.curves import read_runs, summary
-    from vmkd_fx.distill.curves_plot import check_picture, draw
+    from vmkd_fx.distill.curves_plot import draw
 
     runs, left_out = read_runs(parsed.runs)
     print(summary(runs))
     if left_out:
         print(f"no log of a training in {', '.join(map(str, left_out))}", file=sys.stderr)
-    check_picture(parsed.out)
     draw(runs, parsed.out)
     print(f"curves: {parsed.out}")
 
