@@ -134,6 +134,14 @@ def deploy(parser: argparse.ArgumentParser) -> None:
     _add_precision(parser)
     _add_predict(parser)
     parser.add_argument("--fixed-batch", action="store_true", help="one image at a time")
+    parser.add_argument(
+        "--judge",
+        metavar="N",
+        type=_whole,
+        default=2000,
+        help="held-out images of the student's data that accuracy is measured on, evenly spaced "
+        "(default: 2000, which tell it to 1 in 100; 0: none)",
+    )
     _add_builder(parser)
     _add_model(parser)
     _add_options(parser)

@@ -23,6 +23,7 @@ def deploy(parsed: argparse.Namespace) -> None:
 
     given = card_for(parsed.model, arguments.options(parsed.option)) if parsed.model else None
     student, card = restore(parsed.checkpoint, given)
+    evaluate = evaluator(card, parsed.judge) if parsed.judge else None
     out = deploy(
         student,
         parsed.out,
@@ -32,12 +33,14 @@ def deploy(parsed: argparse.Namespace) -> None:
         calibrate=parsed.calibrate,
         predict=parsed.predict,
         labels=card.labels,
-        evaluate=evaluator(card),
+        evaluate=evaluate,
         dynamic_batch=not parsed.fixed_batch,
         profile=parsed.profile,
         options=_build_options(parsed),
     )
     print(read_bundle(out).manifest.ledger)
+    if evaluate is not None:
+        print(evaluate)
     print(f"bundle: {out}")
 
 

@@ -160,8 +160,9 @@ def test_held_out_pixels_become_the_validation_tensors_bit_for_bit(folders: Path
         == torch.cat([batch.targets for batch in batches]).tolist()
         == [0] * 5 + [1] * 5 + [2] * 5
     )
-    few, few_targets = data.held_out(3)
-    assert np.array_equal(few, pixels[::5]) and few_targets.tolist() == [0, 1, 2]
+    (few,) = data.validation_batches(count=3)
+    assert few.indices.tolist() == [0, 5, 10] and few.targets.tolist() == [0, 1, 2]
+    assert torch.equal(few.images, torch.cat([batch.images for batch in batches])[::5])
     path = sorted((folders / "val" / "class_0").iterdir())[0]
     assert np.array_equal(bundles.pixels(Image.open(path)), pixels[0])
 
@@ -216,3 +217,10 @@ def test_an_augmentation_that_fails_names_the_image(folders: Path, monkeypatch: 
         DataError, match=r"class_1/0\.jpg cannot be augmented \(seed 5, epoch 2, sample 12\): Attrib"
     ):
         data.sample(12, 2, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refusal_in_a_worker_is_the_one_of_this_process(folders: Path, workers: int) -> None:
+    data = opened(folders, mixing={"mixup": 0.8}, workers=workers)
+    with pytest.raises(DataError, match=r"^mixing pairs neighbours and 3 images at position 0"):
+        next(data.train_batches(0, batch_size=3))

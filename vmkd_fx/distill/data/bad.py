@@ -104,6 +104,6 @@ class BadImages:
             more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             raise DataError(
                 f"{len(self.found)} of {self.images} {self.part} images cannot be read and at most "
-                f"{self.most} may be bad; mend or remove them, or allow more with max_bad (a share):\n"
+                f"{self.most} may be bad; mend or remove them, or allow more with data.max_bad (a share):\n"
                 f"{shown}{more}"
             )

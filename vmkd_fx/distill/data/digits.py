@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from vmkd_fx.distill.data.bad import Bad
 from vmkd_fx.distill.data.mixing import Mixing
-from vmkd_fx.distill.data.order import generator, train_slices, validation_slices
+from vmkd_fx.distill.data.order import evenly, generator, train_slices, validation_slices
 from vmkd_fx.distill.data.protocol import Batch
 from vmkd_fx.errors import DataError
 from vmkd_fx.extras import require
@@ -95,6 +96,7 @@ class Digits:
     std = (DIGITS_STD,) * 3
     # The images have the model's size: nothing is cut, and nothing is resized.
     interpolation, crop_pct, crop_mode = "bicubic", 1.0, "center"
+    bad_images: tuple[Bad, ...] = ()
 
     def __init__(
         self,
@@ -130,6 +132,10 @@ class Digits:
     def num_classes(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_held_out(self) -> int:
+        return len(self._held_out_targets)
+
     def sample(self, index: int, epoch: int, seed: int = 0) -> tuple[Tensor, int]:
         """See `ImageData.sample`."""
         _, moves = self._epoch(seed, epoch)
@@ -156,16 +162,13 @@ class Digits:
             yield Batch(images, targets, index)
 
     def validation_batches(
-        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
+        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1, count: int | None = None
     ) -> Iterator[Batch]:
         """See `ImageData.validation_batches`."""
-        for part in validation_slices(len(self._held_out), batch_size, rank, world_size):
-            images = self._normalise(_unit(self._held_out[part]))
-            yield Batch(
-                images,
-                self._held_out_targets[part],
-                torch.arange(part.start, part.stop),
-            )
+        chosen = torch.from_numpy(evenly(self.num_held_out, count))
+        for part in validation_slices(len(chosen), batch_size, rank, world_size):
+            index = chosen[part]
+            yield Batch(self._normalise(_unit(self._held_out[index])), self._held_out_targets[index], index)
 
     def _epoch(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The order of an epoch, and where each image is moved in it."""

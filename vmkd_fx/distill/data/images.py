@@ -15,7 +15,7 @@ from vmkd_fx.distill.data.bad import Bad, BadImages, Source, read_nearest, try_r
 from vmkd_fx.distill.data.keyed import kept_generators, seed_generators
 from vmkd_fx.distill.data.loader import Loaded, Loader, Work
 from vmkd_fx.distill.data.mixing import Mixing
-from vmkd_fx.distill.data.order import epoch_order, train_slices, validation_slices
+from vmkd_fx.distill.data.order import epoch_order, evenly, train_slices, validation_slices
 from vmkd_fx.distill.data.protocol import Batch
 from vmkd_fx.distill.data.transforms import View, evaluation_transform, training_transform
 from vmkd_fx.errors import DataError
@@ -153,6 +153,10 @@ class Images:
         return len(self.labels)
 
     @property
+    def num_held_out(self) -> int:
+        return len(self._validation.source)
+
+    @property
     def bad_images(self) -> tuple[Bad, ...]:
         """The training and validation images that could not be read so far, in this process."""
         return (*self._bad.found.values(), *self._bad_held_out.found.values())
@@ -183,21 +187,20 @@ class Images:
             yield loaded.batch
 
     def validation_batches(
-        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
+        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1, count: int | None = None
     ) -> Iterator[Batch]:
         """See `ImageData.validation_batches`; images that cannot be read are left out."""
-        parts = validation_slices(len(self._validation.source), batch_size, rank, world_size)
-        works = (Work(0, 0, part.start, list(range(part.start, part.stop))) for part in parts)
+        chosen = evenly(self.num_held_out, count)
+        parts = validation_slices(len(chosen), batch_size, rank, world_size)
+        works = (Work(0, 0, part.start, chosen[part].tolist()) for part in parts)
         for loaded in self._validation_loader.run(works):
             self._bad_held_out.note(loaded.bad)
             if len(loaded.batch.targets):
                 yield loaded.batch
 
-    def held_out(self, count: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """See `ImageData.held_out`; `count` of them, evenly spaced, where all are too many."""
-        total = len(self._validation.source)
-        chosen = np.linspace(0, total, min(count or total, total), endpoint=False).astype(np.int64)
-        pixels, (targets, _), bad = self._validation.pixels(chosen.tolist())
+    def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """See `ImageData.held_out`."""
+        pixels, (targets, _), bad = self._validation.pixels(list(range(self.num_held_out)))
         self._bad_held_out.note(bad)
         return pixels.permute(0, 2, 3, 1).contiguous().numpy(), targets.numpy()
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vmkd_fx.distill.data.bad import Bad
 from vmkd_fx.distill.data.protocol import Batch
+from vmkd_fx.errors import DataError
 
 
 class Work(NamedTuple):
@@ -31,6 +32,19 @@ class Loaded(NamedTuple):
 
     batch: Batch
     bad: tuple[Bad, ...]
+
+
+class _Answering(Dataset[Any]):
+    """Hands refusals over as answers: those that are raised in a worker arrive with its traceback in them."""
+
+    def __init__(self, batches: Dataset[Loaded]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, work: Work) -> Loaded | DataError:
+        try:
+            return self.batches[work]
+        except DataError as error:
+            return error
 
 
 class _Queue(Sampler[Work]):
@@ -60,11 +74,21 @@ class Loader:
         self.batches, self.workers, self.prefetch = batches, workers, prefetch
         self.pin_memory, self.keep = pin_memory, keep and workers > 0
         self._queue = _Queue()
-        self._kept: DataLoader[Loaded] | None = None
+        self._kept: DataLoader[Any] | None = None
         self._running = False
 
     def run(self, works: Iterable[Work]) -> Iterator[Loaded]:
-        """What `works` ask for, in their order."""
+        """What `works` ask for, in their order.
+
+        Raises:
+            DataError: as the data set raised it.
+        """
+        for answer in self._answers(works):
+            if isinstance(answer, DataError):
+                raise answer
+            yield answer
+
+    def _answers(self, works: Iterable[Work]) -> Iterator[Loaded | DataError]:
         if not self.keep or self._running:
             queue = _Queue()
             queue.works = works
@@ -78,9 +102,9 @@ class Loader:
         finally:
             self._running = False
 
-    def _loader(self, queue: _Queue, keep: bool) -> DataLoader[Loaded]:
+    def _loader(self, queue: _Queue, keep: bool) -> DataLoader[Any]:
         return DataLoader(
-            self.batches,
+            _Answering(self.batches),
             batch_size=None,
             sampler=queue,
             num_workers=self.workers,

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vmkd_fx.errors import DataError
@@ -69,6 +70,14 @@ def train_slices(
     for batch in range(start_batch, batches_per_epoch(images, batch_size)):
         start = batch * size + rank * part
         yield slice(start, start + part)
+
+
+def evenly(images: int, count: int | None) -> NDArray[np.int64]:
+    """`count` of the positions 0 to `images` - 1, ascending and evenly spaced; all of them where that is no
+    fewer, and for None.
+    """
+    chosen = min(count or images, images)
+    return np.arange(chosen, dtype=np.int64) * images // chosen
 
 
 def validation_slices(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[slice]:

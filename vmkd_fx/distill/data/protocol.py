@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmkd_fx.distill.data.bad import Bad
+
 
 class Batch(NamedTuple):
     """The images of one step, of one process.
@@ -34,6 +36,7 @@ class ImageData(Protocol):
         input_size: (3, H, W).
         mean, std: normalisation of the images, one value a channel, for pixels in 0..1.
         interpolation, crop_pct, crop_mode: of the evaluation transform, in timm's terms.
+        bad_images: those that this process could not read so far.
     """
 
     name: str
@@ -44,6 +47,9 @@ class ImageData(Protocol):
     interpolation: str
     crop_pct: float
     crop_mode: str
+
+    @property
+    def bad_images(self) -> tuple[Bad, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -74,10 +80,16 @@ class ImageData(Protocol):
         """
         ...
 
+    @property
+    def num_held_out(self) -> int:
+        """How many images are held out for judging."""
+        ...
+
     def validation_batches(
-        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1
+        self, batch_size: int = 256, *, rank: int = 0, world_size: int = 1, count: int | None = None
     ) -> Iterator[Batch]:
         """The held-out images in their fixed order, not augmented; process `rank` gets its contiguous part.
+        `count` of them, evenly spaced, where all are too many.
 
         Batches have at most `batch_size` images, and every process gets the same number of them where there
         are images enough.
