@@ -68,6 +68,8 @@ def test_values_from_the_papers() -> None:
     assert train("riformer_s12").epochs == 600
     assert (train("ccs_mixer_b16").lr, train("ccs_mixer_b16").min_lr) == (1e-3, 1e-5)
     assert (train("cit_tiny").lr, train("cit_tiny").weight_decay) == (1e-3, 0.05)
+    teachers = load_recipe(ROOT / "recipes" / "cit_tiny.yaml").teachers
+    assert [teacher.model for teacher in teachers] == ["regnety_006.pycls_in1k", "rednet26"]
     assert train("vitkd_deit_tiny").batch_size == 1024 and train("vitkd_deit_tiny").optimizer == "adamw"
     (vitkd,) = load_recipe(ROOT / "recipes" / "vitkd_deit_tiny.yaml").method
     assert vitkd.overrides == {"alpha": 3e-5, "beta": 3e-6, "ratio": 0.5}

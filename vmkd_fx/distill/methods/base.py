@@ -130,7 +130,8 @@ class Method:
         """
         if teachers < 1:
             raise RecipeError(
-                f"method {self.name!r} needs a teacher: wrap(student, {self.name!r}, teachers=[...])"
+                f"method {self.name!r} needs a teacher: wrap(student, {self.name!r}, teachers=[...]), in a "
+                "recipe teachers: [{model: ...}]"
             )
         if self.feature_teacher is not None and self.feature_teacher >= teachers:
             raise RecipeError(
