@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import nn
 
 from vmkd_fx.distill.checkpoint import (
     ResumeState,
-    check_recipe,
     load_resume,
     load_weights,
     read_metadata,
@@ -21,6 +21,7 @@ from vmkd_fx.distill.checkpoint import (
     save_weights,
     set_rng_state,
 )
+from vmkd_fx.distill.run_folder import Identity
 from vmkd_fx.errors import CheckpointError, OutputError
 from vmkd_fx.files import sha256
 
@@ -44,7 +45,7 @@ def state(**changes: Any) -> ResumeState:
     optimizer.step()
     values: dict[str, Any] = {
         "digest": "a" * 64,
-        "config": {"lr": 0.1, "epochs": 3},
+        "settings": {"lr": 0.1, "epochs": 3},
         "step": 5,
         "epoch": 1,
         "batch": 2,
@@ -106,12 +107,19 @@ def test_damaged_or_foreign_resume_file(tmp_path: Path, damage: str) -> None:
         load_resume(path)
 
 
-def test_another_recipe_says_what_differs(tmp_path: Path) -> None:
-    check_recipe(state(), "a" * 64, {"lr": 0.1, "epochs": 3}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"a{12}, now b{12}\).*lr was 0\.1 and is 0\.2; epochs was 3"):
-        check_recipe(state(), "b" * 64, {"lr": 0.2, "epochs": 4}, tmp_path)
-    with pytest.raises(CheckpointError, match="the student, the teachers, the method or the data differ"):
-        check_recipe(state(), "b" * 64, {"lr": 0.1, "epochs": 3}, tmp_path)
+def test_another_recipe_says_what_differs() -> None:
+    settings = {"student": {"model": "a"}, "train": {"lr": 0.1, "betas": (0.9, 0.99)}}
+    left = json.loads(json.dumps(settings))  # tuples become lists on disk
+    Identity("a" * 64, settings).check("x is", "a" * 64, {})
+    other = {"student": {"model": "b"}, "train": {"lr": 0.2, "betas": (0.9, 0.99)}}
+    said = r'x is of another recipe \(a{12}, now b{12}\): student.model was "a" and is "b"; train.lr was 0.1'
+    with pytest.raises(CheckpointError, match=said):
+        Identity("b" * 64, other).check("x is", "a" * 64, left)
+    with pytest.raises(CheckpointError, match="the settings are the same, and what they stand for differs"):
+        Identity("b" * 64, settings).check("x is", "a" * 64, left)
+    many = {f"key{number}": number for number in range(20)}
+    with pytest.raises(CheckpointError, match="key7 was absent and is 7; 12 settings more differ"):
+        Identity("b" * 64, many).check("x is", "a" * 64, {})
 
 
 def test_a_full_disk_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

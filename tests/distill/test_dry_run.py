@@ -15,7 +15,8 @@ import vmkd_fx as vx
 from vmkd_fx.cli import main
 from vmkd_fx.distill.checkpoint import rng_state
 from vmkd_fx.distill.data import open_data
-from vmkd_fx.distill.recipe import TrainConfig
+from vmkd_fx.distill.dry_run import DryRun
+from vmkd_fx.distill.recipe import Recipe, TrainConfig
 from vmkd_fx.distill.training import memory
 from vmkd_fx.distill.training.memory import LiveTensors, Memory, estimate, in_bytes
 from vmkd_fx.distill.training.optimisation import make_optimizer
@@ -90,12 +91,12 @@ def test_the_output_folder_is_looked_at(
 def test_an_unfinished_training_is_named_with_its_step(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vmkd_fx.distill import trainer
+    from vmkd_fx.distill.training.run import Run
 
     def breaks(*_: Any) -> None:
         raise CheckpointError("the end")
 
-    monkeypatch.setattr(trainer._Run, "_end_epoch", breaks)
+    monkeypatch.setattr(Run, "_end_epoch", breaks)
     assert main(["train", str(recipe)]) == 2
     assert dry(recipe) == 0
     assert "holds this training up to step 1, from which it would go on" in capsys.readouterr().out
@@ -217,3 +218,28 @@ def test_bytes_in_words() -> None:
 def test_free_memory_of_this_machine() -> None:
     free = memory.free_memory(torch.device("cpu"))
     assert free is not None and 2**20 < free < 2**50
+
+
+def test_files_that_a_container_keeps_in_memory_are_free(tmp_path: Path) -> None:
+    """A container that has read its images has all of its memory taken, and gives most of it up."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("990\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 190\nfile 820\nshmem 20\ninactive_file 600\nactive_file 200\n"
+    )
+    assert memory._group_free(tmp_path) == 810
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._group_free(tmp_path) is None and memory._group_free(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "seconds"), [(0, 100 * 5.0), (1, 100 * 4.0), (2, 100 * 2.0), (8, 100 * 1.0)]
+)
+def test_workers_load_beside_a_step(workers: int, seconds: float) -> None:
+    """Steps of 1 s and images of 4 s a batch: the slower one decides, and each worker loads a batch."""
+    given = Recipe.model_validate(
+        {"student": {"model": "test_vit"}, "data": {"workers": workers}, "out": "o"}
+    )
+    needed = Memory(0, 0, 0, 0, 0, 0, images=1)
+    found = DryRun(given, "", (), "", needed, None, {"loss": 1.0}, 100, 1.0, 4.0, 1, "cpu")
+    assert found.seconds == seconds

@@ -173,7 +173,7 @@ def test_checkpoint_of_another_recipe_or_model(tmp_path: Path, digits: Digits) -
         train(tmp_path, digits, Breaking(4))
     checkpoint_before = sha256(tmp_path / "resume.pt")
     faster = CONFIG.model_copy(update={"lr": 0.1})
-    with pytest.raises(CheckpointError, match=r"belongs to another recipe.*: lr was 0\.001 and is 0\.1\."):
+    with pytest.raises(CheckpointError, match=r"is of another recipe.*: lr was 0\.001 and is 0\.1\."):
         train(tmp_path, digits, config=faster, digest="e" * 64)
     other = ClassificationTask(model("test_vit", img_size=16), verbose=False)
     with pytest.raises(CheckpointError, match=r"resume\.pt belongs to another model.*missing: cls_token"):

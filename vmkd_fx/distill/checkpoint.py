@@ -37,7 +37,7 @@ class ResumeState:
 
     Attributes:
         digest: of the recipe.
-        config: the settings of the trainer, to say what differs when the digest does.
+        settings: plain data that the digest is of, to say what differs when it does.
         step: optimiser steps done.
         epoch, batch: of the next batch; behind the last batch of an epoch its evaluation is next.
         module, ema, optimizer: state dicts; `ema` is None without averaged weights.
@@ -50,7 +50,7 @@ class ResumeState:
     """
 
     digest: str
-    config: dict[str, Any]
+    settings: dict[str, Any]
     step: int
     epoch: int
     batch: int
@@ -94,28 +94,8 @@ def load_resume(path: str | os.PathLike[str]) -> ResumeState:
     except Exception as error:  # zip, pickle, key, type and memory errors have no family of their own
         raise CheckpointError(
             f"{path} is damaged or was written by something else ({_first_line(error)}); "
-            f"remove it, or train with resume=False, to start over"
+            f"start over with resume=False (vmkd train --restart)"
         ) from error
-
-
-def check_recipe(state: ResumeState, digest: str, config: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with a training of another recipe.
-
-    Raises:
-        CheckpointError: names the settings of the trainer that differ, or else what must.
-    """
-    if state.digest == digest:
-        return
-    changes = [
-        f"{key} was {state.config.get(key)!r} and is {value!r}"
-        for key, value in config.items()
-        if state.config.get(key) != value
-    ]
-    found = "; ".join(changes) or "the student, the teachers, the method or the data differ"
-    raise CheckpointError(
-        f"{path} belongs to another recipe ({state.digest[:12]}, now {digest[:12]}): {found}. "
-        f"Give this recipe a folder of its own, or start over with resume=False (vmkd train --restart)"
-    )
 
 
 def save_weights(path: str | os.PathLike[str], module: nn.Module, **about: Any) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from timm.task import TrainingTask
 
-from vmkd_fx.distill.checkpoint import check_recipe, load_resume
+from vmkd_fx.distill.checkpoint import load_resume
 from vmkd_fx.distill.data import Batch, ImageData, batches_per_epoch, open_data
 from vmkd_fx.distill.recipe import Recipe
-from vmkd_fx.distill.run_folder import RESUME, recorded
+from vmkd_fx.distill.run_folder import RESUME, Identity, recorded
 from vmkd_fx.distill.task import DistillationTask
 from vmkd_fx.distill.train import make_task
 from vmkd_fx.distill.training.memory import Memory, estimate, in_bytes
@@ -62,9 +62,11 @@ class DryRun:
 
     @property
     def seconds(self) -> float:
-        """Of all steps: images that workers load come beside a step, others before it."""
-        both = (self.step_seconds, self.load_seconds)
-        return self.steps * (self.step_seconds if self.recipe.data.workers else sum(both))
+        """Of all steps: workers load beside a step, a batch each; without them a step waits for images."""
+        workers = self.recipe.data.workers
+        if workers:
+            return self.steps * max(self.step_seconds, self.load_seconds / workers)
+        return self.steps * (self.step_seconds + self.load_seconds)
 
     def __str__(self) -> str:
         config, images = self.recipe.train, self.recipe.train.batch_size
@@ -208,12 +210,12 @@ def _folder(recipe: Recipe) -> str:
     Raises:
         CheckpointError: a training of another recipe, or a damaged one.
     """
-    out, digest = Path(recipe.out), recipe.digest()
-    if (result := recorded(out, digest)) is not None:
+    out, training = Path(recipe.out), Identity(recipe.digest(), recipe.decisive())
+    if (result := recorded(out, training)) is not None:
         return f"{out} holds this training, finished: accuracy {100 * result.accuracy:.2f} %"
     path = out / RESUME
     if not path.exists():
         return f"{out}, from the beginning"
     state = load_resume(path)
-    check_recipe(state, digest, recipe.train.model_dump(), path)
+    training.check(f"{path} is", state.digest, state.settings)
     return f"{out} holds this training up to step {state.step}, from which it would go on"

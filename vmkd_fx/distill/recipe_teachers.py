@@ -9,11 +9,12 @@ from typing import Any
 import timm
 from torch import nn
 
-from vmkd_fx.distill.cache.identity import data_identity, differences, teacher_identity
+from vmkd_fx.distill.cache.identity import data_identity, teacher_identity
 from vmkd_fx.distill.cache.teacher import CachedTeacher
 from vmkd_fx.distill.card import create_model
 from vmkd_fx.distill.class_maps import read_class_map
 from vmkd_fx.distill.data import ImageData
+from vmkd_fx.distill.differences import differences
 from vmkd_fx.distill.recipe import ModelConfig, Recipe, TeacherConfig
 from vmkd_fx.distill.teacher_spec import TeacherSpec
 from vmkd_fx.distill.teachers import Teacher

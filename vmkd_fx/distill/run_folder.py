@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vmkd_fx.distill.differences import differences
 from vmkd_fx.errors import CheckpointError, OutputError
 from vmkd_fx.files import write_text
 
@@ -20,6 +22,8 @@ BEST = "best.safetensors"
 TENSORBOARD = "tensorboard"
 MLFLOW = "mlflow-run"
 BAD_BATCHES = "bad-batch-*.safetensors"
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,45 @@ class Log:
         write_text(self.path, "".join(kept))
 
 
-def record(out: Path, digest: str, result: TrainResult) -> None:
-    """Note in `out` that the training `digest` is done, then remove what it would have gone on from."""
+@dataclass(frozen=True)
+class Identity:
+    """Which training this is.
+
+    Attributes:
+        digest: of everything that decides the result.
+        settings: what that is, as plain data, to say what differs when the digest does.
+    """
+
+    digest: str
+    settings: Mapping[str, Any]
+
+    def check(self, what: str, digest: str, settings: Mapping[str, Any]) -> None:
+        """Refuse what another training left; `what` it is begins the message.
+
+        Raises:
+            CheckpointError: names the settings that differ.
+        """
+        if digest == self.digest:
+            return
+        changes = differences(settings, json.loads(json.dumps(self.settings)))
+        if len(changes) > _SHOWN:
+            changes[_SHOWN:] = [f"{len(changes) - _SHOWN} settings more differ"]
+        found = "; ".join(changes) or "the settings are the same, and what they stand for differs"
+        raise CheckpointError(
+            f"{what} of another recipe ({digest[:12]}, now {self.digest[:12]}): {found}. Give this recipe a "
+            "folder of its own, or start over with resume=False (vmkd train --restart)"
+        )
+
+
+def record(out: Path, training: Identity, result: TrainResult) -> None:
+    """Note in `out` that the training is done, then remove what it would have gone on from."""
     names = {"weights": result.weights.name, "ema_weights": result.ema_weights and result.ema_weights.name}
-    write_text(out / DONE, json.dumps({**asdict(result), **names, "digest": digest}, indent=2) + "\n")
+    content = {**asdict(result), **names, "digest": training.digest, "settings": training.settings}
+    write_text(out / DONE, json.dumps(content, indent=2) + "\n")
     (out / RESUME).unlink(missing_ok=True)
 
 
-def recorded(out: Path, digest: str) -> TrainResult | None:
+def recorded(out: Path, training: Identity) -> TrainResult | None:
     """The result that `record` noted in `out`; None if the training is not done.
 
     Raises:
@@ -104,7 +139,7 @@ def recorded(out: Path, digest: str) -> TrainResult | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.pop("digest")
+        found, settings = content.pop("digest"), content.pop("settings", {})
         content["weights"] = out / content["weights"]
         content["ema_weights"] = content["ema_weights"] and out / content["ema_weights"]
         result = TrainResult(**content)
@@ -112,11 +147,7 @@ def recorded(out: Path, digest: str) -> TrainResult | None:
         raise CheckpointError(
             f"{path} is damaged ({error}); start over with resume=False (vmkd train --restart)"
         ) from error
-    if found != digest:
-        raise CheckpointError(
-            f"{out} holds a finished training of another recipe ({found[:12]}, now {digest[:12]}). "
-            f"Give this recipe a folder of its own, or start over with resume=False (vmkd train --restart)"
-        )
+    training.check(f"{out} holds a finished training", found, settings)
     if missing := [file.name for file in (result.weights, result.ema_weights) if file and not file.exists()]:
         raise CheckpointError(
             f"{path} says that the training is done, but {' and '.join(missing)} is gone; "

@@ -50,6 +50,7 @@ def _train(recipe: Recipe, world: World, resume: bool, progress: bool) -> TrainR
         recipe.train,
         recipe.out,
         digest=recipe.digest(),
+        settings=recipe.decisive(),
         name=recipe.student.model,
         about={KEY: make_card(recipe, data, edits).to_json()},
         resume=resume,
@@ -78,7 +79,9 @@ def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
     if not recipe.method:
         return ClassificationTask(student, criterion=criterion, verbose=False)
-    teachers = recipe_teachers(recipe, data)
+    # What learns beside the student begins the same whichever teachers are made, and with a cache of them.
+    with torch.random.fork_rng(devices=()):
+        teachers = recipe_teachers(recipe, data)
     methods = [resolve(method.preset, method.overrides) for method in recipe.method]
     return wrap(student, methods, teachers, criterion=criterion, epochs=recipe.train.epochs)
 

@@ -17,7 +17,7 @@ from vmkd_fx.distill.cache.teacher import CachedTeacher
 from vmkd_fx.distill.cache.write import CacheSettings, cache_teachers
 from vmkd_fx.distill.data import Batch
 from vmkd_fx.distill.losses import SoftDistillation
-from vmkd_fx.distill.recipe import Recipe
+from vmkd_fx.distill.recipe import Recipe, TeacherConfig
 from vmkd_fx.distill.train import make_task, train
 from vmkd_fx.errors import CacheError
 
@@ -233,3 +233,19 @@ def test_in_ones_own_loop(tmp_path: Path) -> None:
         out = task(images, targets, indices)
         out["loss"].backward()
         assert out["kd/0"].isfinite()
+
+
+def test_what_learns_beside_the_student_begins_as_with_the_live_teacher(tmp_path: Path) -> None:
+    """Making a live teacher draws random numbers, and reading a cache does not."""
+    given = recipe(tmp_path, method="std", data={"labelled": 20}, train={"epochs": 1, "batch_size": 10})
+    cache_teachers(given, tmp_path / "cache", WHOLE, progress=False)
+    starts = []
+    for one in (
+        given,
+        given.model_copy(update={"teachers": (TeacherConfig(cache=str(tmp_path / "cache")),)}),
+    ):
+        torch.manual_seed(one.train.seed)
+        starts.append(make_task(one, images_of(one)).trainable_module.state_dict())
+    live, other = starts
+    assert live.keys() == other.keys() and any(key.startswith("vmkd.std") for key in live)
+    assert all(torch.equal(live[key], other[key]) for key in live)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vmkd_fx.distill.cache.form import Form
-from vmkd_fx.distill.cache.identity import differences
+from vmkd_fx.distill.differences import differences
 from vmkd_fx.errors import CacheError
 from vmkd_fx.files import write_text
 

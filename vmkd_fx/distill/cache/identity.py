@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from vmkd_fx.distill.recipe import Recipe
     from vmkd_fx.distill.teachers import Teacher
 
-_SHOWN = 12
 _PLACES = frozenset({"root"})
 """Keys of the data section that say where the images are, not which."""
 
@@ -66,28 +64,3 @@ def weights_digest(model: nn.Module) -> str:
 def digest_of(value: Any) -> str:
     """SHA-256 of plain data, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def differences(found: Any, asked: Any, name: str = "") -> list[str]:
-    """What differs between plain data that was found and that is asked for, as sentences with dotted keys."""
-    if isinstance(found, Mapping) and isinstance(asked, Mapping):
-        keys = [*found, *(key for key in asked if key not in found)]
-        nothing = object()
-        pairs = ((key, found.get(key, nothing), asked.get(key, nothing)) for key in keys)
-        return [
-            change
-            for key, one, other in pairs
-            for change in differences(
-                "absent" if one is nothing else one,
-                "absent" if other is nothing else other,
-                f"{name}.{key}".lstrip("."),
-            )
-        ]
-    return [] if found == asked else [f"{name} was {_short(found)} and is {_short(asked)}"]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 2 * hashlib.sha256().digest_size:
-        return value[:_SHOWN]
-    text = json.dumps(value) if isinstance(value, (Mapping, Sequence)) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

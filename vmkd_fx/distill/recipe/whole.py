@@ -47,10 +47,8 @@ class Recipe(Section):
             )
         return self
 
-    def digest(self) -> str:
-        """SHA-256, in hexadecimal, of everything but `out` and the `manner` of each section: trainings with
-        one digest are one training.
-        """
+    def decisive(self) -> dict[str, Any]:
+        """What decides the result, as plain data: everything but `out` and the `manner` of each section."""
         excluded: dict[str, Any] = {"out": True, "teachers": {"__all__": set(TeacherConfig.manner)}}
         sections: dict[str, type[Section]] = {
             "student": ModelConfig,
@@ -58,5 +56,9 @@ class Recipe(Section):
             "train": TrainConfig,
         }
         excluded |= {name: set(section.manner) for name, section in sections.items()}
-        content = self.model_dump(mode="json", exclude=excluded)
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return self.model_dump(mode="json", exclude=excluded)
+
+    def digest(self) -> str:
+        """SHA-256 of what is decisive, in hexadecimal: trainings with one digest are one training."""
+        content = json.dumps(self.decisive(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()

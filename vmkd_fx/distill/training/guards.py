@@ -83,13 +83,18 @@ class Guard:
         self.size, self.overflows = state["size"], state["overflows"]
 
 
+def batch_file(out: Path, step: int, rank: int) -> Path:
+    """Where `save_batch` writes what process `rank` had at a step."""
+    return out / BAD_BATCHES.replace("*", f"step{step}-rank{rank}")
+
+
 def save_batch(out: Path, batch: Batch, *, epoch: int, step: int, rank: int) -> Path:
     """Write the images, targets and indices of one process's batch, and where in the training it stood.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
     """
-    path = out / BAD_BATCHES.replace("*", f"step{step}-rank{rank}")
+    path = batch_file(out, step, rank)
     tensors = {name: value.detach().cpu().contiguous() for name, value in batch._asdict().items()}
     where = {"epoch": str(epoch), "step": str(step), "rank": str(rank)}
     data = safetensors.torch.save(tensors, where)

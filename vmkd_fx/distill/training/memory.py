@@ -31,6 +31,7 @@ from vmkd_fx.distill.training.precision import Precision
 from vmkd_fx.distill.training.world import World
 from vmkd_fx.graph.share import unwrapped
 
+_KEPT_FILES = ("active_file ", "inactive_file ")
 FEW = (2, 4)
 """How many images are measured on; mutual information and batch statistics need two."""
 
@@ -248,11 +249,16 @@ def _system_free() -> int | None:
         return None
 
 
-def _group_free() -> int | None:
-    """What a container may still take, by its control group."""
-    folder = Path("/sys/fs/cgroup")
+def _group_free(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container may still take, by its control group. Files that the system keeps in memory count as
+    taken there, and it gives them up when it is asked for memory.
+    """
     try:
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))
-        return max(0, limit - int((folder / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no limit is the word "max"
+        limit, taken = (
+            int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
+        )
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        files = sum(int(line.split()[1]) for line in lines if line.startswith(_KEPT_FILES))
+    except (OSError, ValueError, IndexError):  # no limit is the word "max"
         return None
+    return max(0, limit - taken + files)

@@ -10,14 +10,13 @@ from typing import Any
 
 from vmkd_fx.distill.checkpoint import (
     ResumeState,
-    check_recipe,
     load_resume,
     load_state,
     rng_state,
     save_resume,
     set_rng_state,
 )
-from vmkd_fx.distill.recipe import TrainConfig
+from vmkd_fx.distill.run_folder import Identity
 from vmkd_fx.distill.training.guards import Guard
 from vmkd_fx.distill.training.setup import Prepared
 from vmkd_fx.distill.training.sharding import cut_like, cut_optimizer_state, whole
@@ -64,15 +63,13 @@ class Checkpoints:
 
     Attributes:
         path: of the file.
-        digest: of the recipe.
-        config: of the trainer.
+        training: which one it is.
         parts, guard: what changes beside the position.
         world: the processes.
     """
 
     path: Path
-    digest: str
-    config: TrainConfig
+    training: Identity
     parts: Prepared
     guard: Guard
     world: World
@@ -85,8 +82,8 @@ class Checkpoints:
         """
         parts = self.parts
         state = ResumeState(
-            digest=self.digest,
-            config=self.config.model_dump(),
+            digest=self.training.digest,
+            settings=dict(self.training.settings),
             step=position.step,
             epoch=position.epoch,
             batch=position.batch,
@@ -126,7 +123,7 @@ class Checkpoints:
         if not self.path.exists():
             return None
         state = load_resume(self.path)
-        check_recipe(state, self.digest, self.config.model_dump(), self.path)
+        self.training.check(f"{self.path} is", state.digest, state.settings)
         return state
 
     def _continue_random(self, states: list[dict[str, Any]]) -> None:
