@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from vmkd_fx.cli import main
 from vmkd_fx.distill.curves import Run, read_runs, summary
 from vmkd_fx.distill.curves_plot import binned, draw, panels_of, spread
 from vmkd_fx.errors import DataError, OutputError
+
+drawing = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the extra `plot` is not installed")
 
 
 def lines(epochs: int, steps: int = 10, *, average: bool = False, **terms: float) -> list[dict[str, Any]]:
@@ -79,6 +82,7 @@ def test_the_table_has_last_and_best_figures(runs: list[Path]) -> None:
     assert "70.00 %" in kd and "90.00 % (epoch 2)" in kd and "95.00 % (epoch 2)" in kd
 
 
+@drawing
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_picture(runs: list[Path], kind: str, tmp_path: Path) -> None:
     out = tmp_path / f"curves.{kind}"
@@ -91,6 +95,7 @@ def test_the_picture(runs: list[Path], kind: str, tmp_path: Path) -> None:
         assert {f"<!-- {word} -->" in text for word in ("kd/0", "epochs", "plain", "teacher big")} == {True}
 
 
+@drawing
 def test_a_training_that_runs_is_drawn_in_steps(tmp_path: Path) -> None:
     folder = write(tmp_path / "young", lines(1)[:5], tail='{"event": "step", "st')
     (run,), _ = read_runs([folder])
@@ -105,6 +110,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     assert run.logged == {"lr": [(1, 0.1)]}
 
 
+@drawing
 def test_folders_without_a_log_are_left_out_and_nothing_else_is_refused(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,10 @@ class Recurrent(nn.Module):
         return self.head(attended.mean(1)) + hidden.mean()
 
 
+def pooled(stem: nn.Module) -> nn.Module:
+    return nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "sequential": lambda: nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(3600, 10)
@@ -231,12 +235,8 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "encoder layer": lambda: nn.Sequential(
         nn.Conv2d(3, 8, 8, stride=8), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     ),
-    "spectral norm": lambda: nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 2),
-    ),
+    "weight norm": lambda: pooled(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+    "spectral norm": lambda: pooled(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))),
 }
 
 
