@@ -46,9 +46,10 @@ def main(line: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (nobody reads on: end without a word)
-    except OSError as error:  # standard output itself: a full disk behind it, say
+    except OSError as error:  # without a name standard output itself: a full disk behind it, say
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        print(f"vmkd {parsed.verb}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"vmkd {parsed.verb}: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Pictures for people, by matplotlib: refused early where they cannot be drawn, written whole or not at all."""
+"""Pictures by matplotlib: refused early where they cannot be drawn, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmkd_fx.distill.run_folder import MLFLOW, TENSORBOARD
+from vmkd_fx.distill.training import loggers
 from vmkd_fx.distill.training.loggers import Loggers, opened
 from vmkd_fx.errors import MissingExtraError, OutputError
 
@@ -109,3 +110,13 @@ def test_a_writer_that_is_not_installed_names_its_extra(
     message = rf"train.loggers: \[{package}\] needs the package '{package}'.*vmkd-fx\[{package}\]"
     with pytest.raises(MissingExtraError, match=message), opened(tmp_path, 0, "d" * 64, (package,), {}):
         pass
+
+
+def test_a_service_that_does_not_start_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def start() -> Failing:
+        raise ConnectionError("no route to host")
+
+    assert loggers._started("wandb", start) is None
+    assert capsys.readouterr().err == "wandb is left out: no route to host\n"
+    found = Failing()
+    assert loggers._started("wandb", lambda: found) is found

@@ -125,3 +125,14 @@ def test_the_mode_is_put_back(digits: Digits) -> None:
     task.train()
     Validation(task, digits, World(CPU), Precision(None, CPU), signals.Stop()).student()
     assert task.trainable_module.training
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy", "named"),
+    [(2, 0.93, False), (2, 0.52, True), (1000, 0.12, False), (1000, 0.02, True), (10, None, False)],
+)
+def test_a_teacher_that_hardly_knows_better_than_guessing_is_named(
+    classes: int, accuracy: float | None, named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation.warn_of_teachers([{"model": "big", "accuracy": accuracy}], classes)
+    assert ("teacher big is right on" in capsys.readouterr().err) is named

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmkd_fx.distill.run_folder import LOG
-from vmkd_fx.distill.training.world import World, joined_world
+from vmkd_fx.distill.training.world import joined_world
 from vmkd_fx.errors import OutputError, RecipeError, TrainingError
 
 RECIPE = """
@@ -46,7 +46,8 @@ def test_a_device_that_is_not_there(device: str, message: str) -> None:
 
 
 def talk(rank: int, size: int, folder: Path) -> None:
-    world = World(torch.device("cpu"), rank, size)
+    with joined_world("cpu") as world:  # the group that is there, of which the environment says nothing
+        assert (world.rank, world.size) == (rank, size)
     assert world.gathered(rank) == [0, 1]
     assert world.from_first(lambda: f"from {rank}") == "from 0"
     assert world.any(rank == 1) and not world.any(False)

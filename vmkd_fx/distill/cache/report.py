@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmkd_fx.distill.cache.folder import CacheFolder
 from vmkd_fx.distill.cache.form import Form
-from vmkd_fx.distill.methods import resolve
+from vmkd_fx.distill.methods import Method, resolve
 from vmkd_fx.distill.recipe import Recipe
 
 TINYVIT_BYTES = 404
@@ -36,15 +36,20 @@ def advice(folder: CacheFolder, recipe: Recipe) -> str | None:
     """
     form = folder.manifest.form
     methods = [resolve(method.preset, method.overrides) for method in recipe.method]
-    warm = [method for method in methods if getattr(method, "temperature", 1) > 1]
-    if form.top_k is None or not warm:
+    warmest, name = max(((_temperature(method), method.name) for method in methods), default=(1.0, ""))
+    if form.top_k is None or warmest <= 1:
         return None
     whole = Form(form.classes, None, form.dtype, form.features)
     return (
-        f"{folder.path}: {warm[0].name} softens at temperature {vars(warm[0])['temperature']}, where classes "
+        f"{folder.path}: {name} softens at temperature {warmest}, where classes "
         f"beyond the top {form.top_k} count for more than their even share; --full keeps all of them in "
         f"{whole.bytes_per_image} bytes an image and epoch"
     )
+
+
+def _temperature(method: Method) -> float:
+    """The highest that a method softens distributions at; CiT has one for each teacher."""
+    return max((getattr(method, "temperature", 1.0), *getattr(method, "temperatures", ())))
 
 
 def readable(count: float) -> str:

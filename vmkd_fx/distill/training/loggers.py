@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from vmkd_fx.distill.run_folder import LOG, MLFLOW, TENSORBOARD, Log
+from vmkd_fx.errors import MissingExtraError
 from vmkd_fx.extras import require
 from vmkd_fx.files import write_text
 
@@ -84,18 +85,27 @@ def opened(
         MissingExtraError: a writer was asked for and is not installed.
     """
     mark = hashlib.sha256(f"{out.resolve()} {digest}".encode()).hexdigest()[:16]
-    writers: list[Writer] = []
-    if "wandb" in asked:
-        writers.append(WeightsAndBiases(out, mark, settings))
-    if "mlflow" in asked:
-        writers.append(MLflow(out, settings))
-    if (board := _tensorboard(out, step)) is not None:
-        writers.append(board)
-    loggers = Loggers(Log(out / LOG), writers)
+    services: dict[str, Callable[[], Writer]] = {
+        "wandb": lambda: WeightsAndBiases(out, mark, settings, goes_on=step > 0),
+        "mlflow": lambda: MLflow(out, settings),
+    }
+    found = [_tensorboard(out, step), *(_started(name, services[name]) for name in asked)]
+    loggers = Loggers(Log(out / LOG), [writer for writer in found if writer is not None])
     try:
         yield loggers
     finally:
         loggers.close()
+
+
+def _started(name: str, start: Callable[[], Writer]) -> Writer | None:
+    """A writer; None where its service cannot be had now, which is said."""
+    try:
+        return start()
+    except MissingExtraError:
+        raise
+    except Exception as error:  # no network, no account: the training does not wait for it
+        print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 class TensorBoard:
@@ -123,10 +133,13 @@ def _tensorboard(out: Path, step: int) -> TensorBoard | None:
 class WeightsAndBiases:
     """A run of Weights & Biases: one a folder and recipe, gone on with when the training is."""
 
-    def __init__(self, out: Path, mark: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, mark: str, settings: Mapping[str, Any], goes_on: bool) -> None:
         wandb = require("wandb", extra="wandb", purpose="train.loggers: [wandb]")
+        # Without `resume` an earlier run of this name is replaced, as its folder was: W&B drops figures of
+        # steps before the last one that it has.
+        again = "allow" if goes_on else None
         self._run = wandb.init(
-            project=PROJECT, dir=str(out), name=out.name, id=mark, resume="allow", config=dict(settings)
+            project=PROJECT, dir=str(out), name=out.name, id=mark, resume=again, config=dict(settings)
         )
 
     def add(self, figures: dict[str, float], step: int) -> None:

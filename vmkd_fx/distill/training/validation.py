@@ -25,8 +25,8 @@ from vmkd_fx.distill.training.world import World
 from vmkd_fx.graph.edit import LOGITS
 from vmkd_fx.graph.share import unwrapped
 
-_CHANCE = 2.0
-"""A teacher whose accuracy is below so many times that of guessing is named."""
+_BETTER = 0.1
+"""A teacher that has not come this share of the way from guessing to always right is named."""
 
 
 class StoppedError(Exception):
@@ -123,13 +123,14 @@ class _evaluating:  # noqa: N801 (reads as the context that it is)
 
 
 def warn_of_teachers(teachers: list[dict[str, Any]], classes: int) -> None:
-    """Say on standard error which teachers do no better than guessing: wrong classes show here."""
+    """Say on standard error which teachers do hardly better than guessing: wrong classes show here."""
+    guessing = 1 / classes
     for teacher in teachers:
         accuracy = teacher["accuracy"]
-        if accuracy is not None and accuracy < _CHANCE / classes:
+        if accuracy is not None and accuracy < guessing + _BETTER * (1 - guessing):
             print(
                 f"teacher {teacher['model']} is right on {100 * accuracy:.2f} % of the held-out images, and "
-                f"guessing among {classes} classes on {100 / classes:.2f} %: its weights, or its classes "
+                f"guessing among {classes} classes on {100 * guessing:.2f} %: its weights, or its classes "
                 "or their order, may be others than the data set's",
                 file=sys.stderr,
                 flush=True,

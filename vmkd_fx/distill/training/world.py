@@ -111,15 +111,14 @@ def joined_world(device: str | None = None) -> Iterator[World]:
     Raises:
         RecipeError: there is no such device, or not one for each process.
     """
-    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    there = dist.is_available() and dist.is_initialized()
+    size = dist.get_world_size() if there else _number("WORLD_SIZE", 1)
+    rank = dist.get_rank() if there else _number("RANK", 0)
     chosen = _device(device, _number("LOCAL_RANK", 0), size > 1)
-    if size == 1:
-        yield World(chosen)
-        return
-    if chosen.type == "cuda":
+    if chosen.type == "cuda" and size > 1:
         torch.cuda.set_device(chosen)
-    if dist.is_initialized():
-        yield World(chosen, dist.get_rank(), dist.get_world_size())
+    if there or size == 1:
+        yield World(chosen, rank, size)
         return
     # Objects and flags travel between CPUs in both cases.
     dist.init_process_group(
