@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 
-from vmkd_fx.steps import WIDTH, Ledger, Refusal, Site, Step
+from vmkd_fx.steps import WIDTH, Ledger, Refusal, Step
 from vmkd_fx.table import in_billions, in_millions, table
 
 STEP = Step(
@@ -21,20 +20,6 @@ STEP = Step(
     tolerance=1e-12,
     checked="float64",
 )
-
-
-def test_it_goes_through_json() -> None:
-    ledger = Ledger((STEP,), {"class": 0.9}).add(Step("engine", checked="built, not run"))
-    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
-
-
-def test_older_ledgers_without_sites_are_read() -> None:
-    data = Ledger((STEP,)).to_json()
-    for step in data["steps"]:
-        del step["sites"]
-    assert Ledger.from_json(data) == Ledger((STEP,))
-    with_sites = Ledger((replace(STEP, sites=(Site("mul", "merged", "blocks.0"),)),))
-    assert Ledger.from_json(json.loads(json.dumps(with_sites.to_json()))) == with_sites
 
 
 def test_it_prints_every_figure_and_the_first_refusals() -> None:

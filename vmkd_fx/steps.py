@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmkd_fx.table import in_billions, in_millions, table
@@ -77,16 +77,6 @@ class Ledger:
         """The same ledger with `steps` at its end."""
         return replace(self, steps=self.steps + steps)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, as they stand in a manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Ledger:
-        """The inverse of `to_json`."""
-        steps = tuple(Step(**{**step, **_places(step)}) for step in data["steps"])
-        return cls(steps, dict(data["accuracy"]))
-
     def __str__(self) -> str:
         return self.text()
 
@@ -104,13 +94,6 @@ class Ledger:
             values = ", ".join(f"{name} {100 * value:.2f} %" for name, value in self.accuracy.items())
             lines.append(f"accuracy by prediction: {values}")
         return "\n".join(lines)
-
-
-def _places(step: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "sites": tuple(Site(**site) for site in step.get("sites", ())),
-        "refused": tuple(Refusal(**refusal) for refusal in step["refused"]),
-    }
 
 
 _HEADER = ("step", "matched", "left", "nodes", "parameters", "multiply-adds", "error", "bound")
