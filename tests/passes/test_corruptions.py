@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from timm.layers.bottleneck_attn import PosEmbedRel
 from torch import nn
 
 import vmkd_fx as vx
@@ -101,11 +102,28 @@ class Neighbours(nn.Module):
         return self.head(x.clamp(self.low, self.high).flatten(1))
 
 
+class Relative(nn.Module):
+    """A linear attention with its normaliser in a column, and weights by relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 8, 8), nn.Linear(8, 10)
+        self.positions = PosEmbedRel((4, 4), 8, 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.stem(x).flatten(2).transpose(1, 2).chunk(3, -1)
+        values = torch.nn.functional.pad(v, (0, 1), value=1.0)
+        both = torch.sigmoid(q) @ (torch.sigmoid(k).transpose(1, 2) @ values)
+        x = both[..., :-1] / both[..., -1:] + torch.tanh(self.positions(q)) @ v
+        return self.head(torch.tanh(x).mean(1))
+
+
 def models() -> Iterator[nn.Module]:
     """Models small enough to be lowered in a second; each pass finds a site in one."""
     yield Shaped()
     yield Layouts()
     yield Neighbours()
+    yield Relative()
     yield inject_circulant_mixers(vx.trace(small("mixer")), CirculantConfig(groups=4)).eval()
     yield FoldableNet()
     yield small("deit")

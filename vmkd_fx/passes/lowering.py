@@ -19,9 +19,11 @@ from vmkd_fx.passes.engine.attention import ATTENTION
 from vmkd_fx.passes.engine.channels_first import CHANNELS_FIRST
 from vmkd_fx.passes.engine.flat_tokens import FLAT_TOKENS
 from vmkd_fx.passes.engine.fused_attention import FUSED_ATTENTION
+from vmkd_fx.passes.engine.gathered_moves import GATHERED_MOVES
 from vmkd_fx.passes.engine.gathered_pieces import GATHERED_PIECES
 from vmkd_fx.passes.engine.heads import SPLIT_HEADS
 from vmkd_fx.passes.engine.norms import GROUP_NORMS
+from vmkd_fx.passes.engine.ones_column import ONES_COLUMN
 from vmkd_fx.passes.engine.score_scale import SCORE_SCALE
 from vmkd_fx.passes.engine.token_linear import TOKEN_LINEAR
 from vmkd_fx.passes.engine.unfold import UNFOLD
@@ -51,10 +53,12 @@ LOWERING: tuple[LoweringPass, ...] = (
     PARALLEL,
     SERIAL,
     SCORE_SCALE,
+    ONES_COLUMN,
     FUSED_ATTENTION,
     TOKEN_LINEAR,
     CHANNELS_FIRST,
     FLAT_TOKENS,
+    GATHERED_MOVES,
     LAST_VIEWS,
     GATHERED_PIECES,
 )
