@@ -19,12 +19,10 @@ import torch
 from torch.fx import Node
 
 from vmkd_fx.passes.cleanup.views import is_view
-from vmkd_fx.passes.rewrite import LoweringPass, Rewrite, argument, is_call
+from vmkd_fx.passes.rewrite import LoweringPass, Rewrite, is_call
 from vmkd_fx.target import ENGINE_KINDS
 
 aten = torch.ops.aten
-
-_FROM_NOWHERE = -1
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,8 @@ class Gather:
     length: int
 
 
-def gather_of(places: torch.Tensor, count: int) -> Gather | None:
-    """The gather that takes `places` (M,) from `count` numbers, over and over, with the fewest rows.
-
-    None where one of them is not among those numbers.
-    """
-    if int(places.min()) < 0 or int(places.max()) >= count:
-        return None
+def gather_of(places: torch.Tensor, count: int) -> Gather:
+    """The gather that takes `places` (M,) from `count` numbers, over and over, with the fewest rows."""
     for parts in _divisors(count, len(places)):
         part = places.reshape(parts, -1) - torch.arange(0, count, count // parts).unsqueeze(1)
         if bool((part == part[0]).all()) and 0 <= int(part.min()) <= int(part.max()) < count // parts:
@@ -94,24 +87,18 @@ def _way(rewrite: Rewrite, chain: list[Node]) -> tuple[Node, Gather] | None:
     """The source of a chain, and how its result is gathered from it; None if it cannot be."""
     source = chain[0].args[0]
     assert isinstance(source, Node)
-    if rewrite.batched(source) is None or any(len(node.all_input_nodes) > 1 for node in chain):
+    if None in (rewrite.batched(source), rewrite.batched(chain[-1])):
+        return None
+    if any(len(node.all_input_nodes) > 1 for node in chain):
         return None
     shape = rewrite.shape(source)  # of two images
     places = torch.arange(prod(shape), dtype=torch.float64).reshape(shape)
     count = places.numel() // 2
     for node in chain:
-        places = _moved(node, places)
+        places = node.target(places.contiguous(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
     one, other = places.reshape(2, -1).long()
-    found = gather_of(one, count) if torch.equal(one + count, other) else None
-    return None if found is None else (source, found)
-
-
-def _moved(node: Node, places: torch.Tensor) -> torch.Tensor:
-    if is_call(node, aten.pad):
-        mode = argument(node, "mode")
-        nowhere = float(_FROM_NOWHERE) if mode == "constant" else None
-        return aten.pad.default(places, argument(node, "pad"), mode, nowhere)
-    return node.target(places.contiguous(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    # What a padding puts there is the same for both images, and so is what all take from one.
+    return (source, gather_of(one, count)) if torch.equal(one + count, other) else None
 
 
 def _write(rewrite: Rewrite, node: Node, source: Node, gather: Gather) -> None:
