@@ -11,7 +11,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from torch import nn
 
+import vmkd_fx as vx
 from tests.deploy.precision.models import images, lowered
 from vmkd_fx.deploy.onnx_export import export
 from vmkd_fx.deploy.precision import widen
@@ -53,6 +55,26 @@ def test_half_is_translated_as_exactly_as_float32(precision: str, tmp_path: Path
         assert step.agreement >= 0.9
         error, _ = compared(logits_of_file(path, images()), logits(lowered("mixer"), images()))
         assert 0 < error < 2e-3
+
+
+class Numbers(nn.Module):
+    """Numbers that half does not hold, as operands of what is in half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 10
+        self.stem, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(torch.tanh(self.stem(x)) * 0.2294157 + 0.1).clamp(-0.0123, 0.2345)
+        return self.head(torch.add(torch.tanh(x), torch.sigmoid(x), alpha=1.2345).flatten(1))
+
+
+def test_numbers_beside_half_are_those_of_the_file(tmp_path: Path) -> None:
+    """Torch would multiply a value in half by all digits of 0.2294157, and ONNX has only those of half."""
+    lowered = vx.lower(vx.trace(Numbers(), input_size=(3, 32, 32)), "tensorrt-rtx", passes=[])
+    ledger, _ = write_in(lowered, tmp_path / "m.onnx", "fp16", images())
+    assert ledger.steps[-1].error < 1e-6
 
 
 def test_a_wrong_translation_of_half_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.fx import Node
 
 from vmkd_fx.deploy.precision.plan import Plan
+from vmkd_fx.deploy.precision.rules import ARITHMETIC, operator_name, rule_of
 from vmkd_fx.graph.traced import TracedModule
 from vmkd_fx.graph.values import attribute
+
+_BOUNDED = ("clamp", "clamp_min", "clamp_max", "hardtanh")
+"""What else ONNX gives its numbers as tensors."""
 
 _COPY = torch.ops.aten._to_copy.default
 
@@ -34,6 +40,10 @@ class Casts:
 
     def write(self) -> None:
         """Give each reader its operands in its own precision; the output is float32."""
+        for node in self._plan.half:
+            if rule_of(node).kind == ARITHMETIC or operator_name(node) in _BOUNDED:
+                node.args = tuple(map(self._rounded, node.args))
+                node.kwargs = {name: self._rounded(given) for name, given in node.kwargs.items()}
         edges = [
             (source, node, self._dtype if node in self._plan.half else torch.float32)
             for node in self._module.graph.nodes
@@ -48,6 +58,10 @@ class Casts:
             given = self._in(source, wanted)
             if given is not source:
                 reader.replace_input_with(source, given)
+
+    def _rounded(self, given: Any) -> Any:
+        """A number as an ONNX graph holds it, beside operands in half; torch would compute with all of it."""
+        return torch.tensor(given).to(self._dtype).item() if isinstance(given, float) else given
 
     def _in(self, source: Node, wanted: torch.dtype) -> Node:
         """`source` in this precision; made once for all who want it, right behind it."""
