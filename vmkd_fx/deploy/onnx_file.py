@@ -36,7 +36,7 @@ def write_onnx(proto: ModelProto, path: Path, largest: int = LARGEST_ONNX) -> st
     """
     onnx = require("onnx", "train", "writing ONNX")
     beside = ""
-    if _too_large(proto, largest):
+    if too_large(proto, largest):
         weights = path.with_name(f"{path.name}.data")
         with weights.open("wb") as file:
             beside = f" and {_split(proto, file, weights.name):,} in {weights.name}"
@@ -79,7 +79,7 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _too_large(proto: ModelProto, largest: int) -> bool:
+def too_large(proto: ModelProto, largest: int) -> bool:
     """Whether the graph with its weights is larger than `largest` bytes, or nearly."""
     # The size of a message above the limit cannot be asked for, so the weights are counted first.
     weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)

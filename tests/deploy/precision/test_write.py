@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from onnxruntime.quantization import quantize_static
 from torch import nn
 
 import vmkd_fx as vx
 from tests.deploy.precision.models import images, lowered
 from vmkd_fx.deploy.onnx_export import export
+from vmkd_fx.deploy.onnx_file import write_onnx
 from vmkd_fx.deploy.precision import widen
 from vmkd_fx.deploy.precision.agreement import compared, logits_of_file
 from vmkd_fx.deploy.precision.asked import Asked
@@ -155,6 +158,36 @@ def test_the_same_images_give_the_same_bytes(exported: dict[str, Path], tmp_path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     quantise(exported["mixer"], tmp_path / "c", images(seed=1))
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_weights_lie_beside_a_large_graph_all_the_way(
+    exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph that comes, those that the quantiser writes on its way, and the one in eight bits."""
+    asked = []
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        asked.append(kwargs["use_external_data_format"])
+        quantize_static(*args, **kwargs)
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", noted)
+    source = onnx.load(exported["residual"])
+    write_onnx(source, tmp_path / "large.onnx", 10_000)
+    step, _ = quantise(tmp_path / "large.onnx", tmp_path / "m.onnx", images(), largest=10_000)
+    quantise(exported["residual"], tmp_path / "whole.onnx", images())
+    assert asked == [True, False]
+    data = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
+    beside = {entry.value for tensor in data for entry in tensor.external_data if entry.key == "location"}
+    assert beside == {"m.onnx.data"}
+    large, whole = (onnx.load(tmp_path / name).graph for name in ("m.onnx", "whole.onnx"))
+    assert large.node == whole.node
+    for one, other in zip(large.initializer, whole.initializer, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
+    assert step.agreement is not None and step.agreement > 0.9
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("large.onnx", "large.onnx.data", "m.onnx", "m.onnx.data", "whole.onnx"),
+    ]
 
 
 @pytest.mark.slow

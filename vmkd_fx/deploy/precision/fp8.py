@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import re
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vmkd_fx.deploy.manifest import LARGEST_ONNX
+from vmkd_fx.deploy.onnx_file import too_large, write_onnx
 from vmkd_fx.deploy.precision.agreement import compared, logits_of_file
 from vmkd_fx.deploy.precision.asked import Asked
 from vmkd_fx.deploy.precision.int8 import NEEDS_IMAGES
 from vmkd_fx.deploy.precision.products import products_of, sign, unquantised
 from vmkd_fx.errors import DataError, ExportError, MissingExtraError
 from vmkd_fx.extras import require
-from vmkd_fx.files import writing
+from vmkd_fx.files import drafting
 from vmkd_fx.steps import Refusal, Site, Step
 
 
@@ -37,13 +40,18 @@ def need_modelopt() -> None:
 
 
 def in_fp8(
-    source: Path, out: Path, images: NDArray[Any] | None, expected: NDArray[np.float32] | None = None
+    source: Path,
+    out: Path,
+    images: NDArray[Any] | None,
+    expected: NDArray[np.float32] | None = None,
+    largest: int = LARGEST_ONNX,
 ) -> tuple[Step, Asked]:
     """Write the ONNX graph `source` to `out` with its products in eight-bit floating point.
 
     Args:
         images: what the graph takes, (B, ...); a scale is the largest magnitude on these over fp8's largest.
         expected: logits of these images in float32; default: those of `source`, which is in float32 then.
+        largest: bytes of a file from which on weights lie beside it, in what is written and on the way there.
 
     Returns:
         The row of the ledger, and what an engine is held against.
@@ -60,15 +68,17 @@ def in_fp8(
     before = onnx.load(source)
     products = products_of(before)
     spared = {product.name: product.kept for product in products if product.kept}
-    with writing(out) as temporary:
-        _run_modelopt(source, temporary, list(spared), images)
-        proto = onnx.load(temporary)
+    with drafting(out) as folder:
+        with tempfile.TemporaryDirectory() as scratch:
+            quantised = Path(scratch) / "quantised.onnx"
+            _run_modelopt(source, quantised, list(spared), images, too_large(before, largest))
+            proto = onnx.load(quantised)
         sign(proto, before)
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        write_onnx(proto, folder / out.name, largest)
         left = unquantised(proto)
         if len(left) == len(products):
             raise ExportError(f"ModelOpt quantised none of the {len(products)} products; deploy it in fp16")
-        found = logits_of_file(temporary, images, as_written=True)
+        found = logits_of_file(folder / out.name, images, as_written=True)
         error, agreement = compared(found, logits_of_file(source, images) if expected is None else expected)
     done = [product.name for product in products if product.name not in left]
     step = Step(
@@ -85,7 +95,8 @@ def in_fp8(
     return step, Asked("fp8", left)
 
 
-def _run_modelopt(source: Path, out: Path, spared: list[str], images: NDArray[Any]) -> None:
+def _run_modelopt(source: Path, out: Path, spared: list[str], images: NDArray[Any], beside: bool) -> None:
+    """Quantise; where `beside`, the weights lie beside every graph that ModelOpt writes."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -100,6 +111,7 @@ def _run_modelopt(source: Path, out: Path, spared: list[str], images: NDArray[An
                 calibration_eps=["cpu"],
                 nodes_to_exclude=[f"{re.escape(name)}$" for name in spared],
                 high_precision_dtype="fp32",
+                use_external_data_format=beside,
                 output_path=str(out),
             )
     except Exception as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vmkd_fx.deploy.manifest import LARGEST_ONNX
+from vmkd_fx.deploy.onnx_file import too_large, write_onnx
 from vmkd_fx.deploy.precision.agreement import BATCH, compared, logits_of_file
 from vmkd_fx.deploy.precision.asked import Asked
 from vmkd_fx.deploy.precision.products import Product, products_of, sign
 from vmkd_fx.errors import DataError, ExportError
 from vmkd_fx.extras import require
-from vmkd_fx.files import writing
+from vmkd_fx.files import drafting
 from vmkd_fx.steps import Refusal, Site, Step
 
 if TYPE_CHECKING:
@@ -48,13 +51,18 @@ as operands, so that an activation or a sum behind a product stays inside its ke
 
 
 def quantise(
-    source: Path, out: Path, images: NDArray[Any] | None, expected: NDArray[np.float32] | None = None
+    source: Path,
+    out: Path,
+    images: NDArray[Any] | None,
+    expected: NDArray[np.float32] | None = None,
+    largest: int = LARGEST_ONNX,
 ) -> tuple[Step, Asked]:
     """Write the ONNX graph `source` to `out` with its products in eight bits.
 
     Args:
         images: what the graph takes, (B, ...); ranges are the smallest and largest values on these.
         expected: logits of these images in float32; default: those of `source`, which is in float32 then.
+        largest: bytes of a file from which on weights lie beside it, in what is written and on the way there.
 
     Returns:
         The row of the ledger, and what an engine is held against.
@@ -76,15 +84,16 @@ def quantise(
             f"{source}: none of its {len(products)} matrix products and convolutions is quantised: "
             "each is the first, the last or of two computed values; deploy it in fp16"
         )
-    with writing(out) as temporary:
-        with _quiet():
-            _run_quantiser(before, temporary, chosen, images)
-        proto = onnx.load(temporary)
+    with drafting(out) as folder:
+        with tempfile.TemporaryDirectory() as scratch, _quiet():
+            quantised = Path(scratch) / "quantised.onnx"
+            _run_quantiser(before, quantised, chosen, images, too_large(before, largest))
+            proto = onnx.load(quantised)
         sign(proto, before)
         sums = _restore_other_readers(proto, chosen)
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        write_onnx(proto, folder / out.name, largest)
         expected = logits_of_file(source, images) if expected is None else expected
-        error, agreement = compared(logits_of_file(temporary, images), expected)
+        error, agreement = compared(logits_of_file(folder / out.name, images), expected)
     step = _step(products, f"{sums} sums with an int8 arm", images)
     step = replace(step, nodes=len(proto.graph.node), error=error, agreement=agreement)
     return step, Asked("int8", tuple(refusal.node for refusal in step.refused))
@@ -103,7 +112,10 @@ def _step(products: list[Product], detail: str, images: NDArray[Any]) -> Step:
     )
 
 
-def _run_quantiser(proto: ModelProto, out: Path, chosen: list[Product], images: NDArray[Any]) -> None:
+def _run_quantiser(
+    proto: ModelProto, out: Path, chosen: list[Product], images: NDArray[Any], beside: bool
+) -> None:
+    """Quantise; where `beside`, the weights lie beside every graph that the quantiser writes."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     size = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or BATCH
@@ -128,6 +140,7 @@ def _run_quantiser(proto: ModelProto, out: Path, chosen: list[Product], images: 
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
+        use_external_data_format=beside,
         extra_options={**_OPTIONS, "TensorQuantOverrides": left},
     )
 

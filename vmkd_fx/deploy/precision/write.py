@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vmkd_fx.deploy.manifest import LARGEST_ONNX
 from vmkd_fx.deploy.onnx_export import export
 from vmkd_fx.deploy.precision.agreement import compared, logits_of_file
 from vmkd_fx.deploy.precision.asked import PRECISIONS, Asked
@@ -119,7 +120,8 @@ def _quantised(
         before = Path(folder) / "before.onnx"
         ledger, _ = write_in(lowered, before, rest, images, **options)
         expected = None if images is None else logits(lowered, images)
-        step, asked = (quantise if precision == "int8" else in_fp8)(before, path, images, expected)
+        largest = options.get("largest", LARGEST_ONNX)
+        step, asked = (quantise if precision == "int8" else in_fp8)(before, path, images, expected, largest)
     return ledger.add(step), asked
 
 
