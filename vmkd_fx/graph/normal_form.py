@@ -34,7 +34,10 @@ def normal_form(module: TracedModule) -> TracedModule:
     with _quiet(), evaluating(module), torch.no_grad():
         try:
             program = torch.export.export(
-                module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+                _of_what_is_read(module),
+                (images,),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                strict=False,
             )
             if not write_nothing(program.graph):
                 program = program.run_decompositions({})  # an empty table: functional, and nothing else
@@ -43,6 +46,17 @@ def normal_form(module: TracedModule) -> TracedModule:
             raise TraceError(f"{module.info.name} has no graph of ATen operators: {error}") from error
         exported = program.module(check_guards=False)
     return _over_the_same_parameters(module, exported)
+
+
+def _of_what_is_read(module: TracedModule) -> GraphModule:
+    """The same graph over those modules and tensors alone that it names.
+
+    A module that is called at two places of the tree has two paths there and one in the graph, and
+    torch.export refuses to make a write functional that reaches a tensor under two paths.
+    """
+    graph = Graph(tracer_cls=module.graph._tracer_cls)
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
 
 
 def _over_the_same_parameters(module: TracedModule, exported: nn.Module) -> TracedModule:
