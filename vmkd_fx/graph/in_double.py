@@ -72,27 +72,26 @@ def leave_double_(
 ) -> None:
     """Back to `dtype`: tensors to their own of `precisions`, operators to what they named.
 
-    An operator that named float64 named the precision of the graph it was made in, which is now `dtype`.
+    An operator that named float64 named the precision of the graph it was made in, which is now `dtype`. One
+    that a pass made named it because half precision is too little, and names float32 at least.
 
     Raises:
         VerificationError: a number does not fit.
     """
-    follows = {
-        torch.float64: dtype,
-        torch.complex128: torch.complex128 if dtype == torch.float64 else torch.complex64,
-    }
+    complex_ = torch.complex128 if dtype == torch.float64 else torch.complex64
+    follows = {torch.float64: dtype, torch.complex128: complex_}
+    made = follows | {torch.float64: torch.promote_types(dtype, torch.float32)}
     for node in module.graph.nodes:
-        if _DTYPES in node.meta:
-            named = iter(node.meta.pop(_DTYPES))
+        named = iter(node.meta.pop(_DTYPES, ()))
 
-            def restored(value: Any, named: Any = named) -> Any:
-                if isinstance(value, torch.dtype) and value in _DOUBLE:
-                    own = next(named)
-                    return follows.get(own, own)
+        def restored(value: Any, named: Any = named) -> Any:
+            if not isinstance(value, torch.dtype) or value not in _DOUBLE:
                 return value
+            own = next(named, None)
+            return made.get(value, value) if own is None else follows.get(own, own)
 
-            node.args = map_aggregate(node.args, restored)
-            node.kwargs = map_aggregate(node.kwargs, restored)
+        node.args = map_aggregate(node.args, restored)
+        node.kwargs = map_aggregate(node.kwargs, restored)
         forget(node)
     for name, tensor in floats(module):
         was_finite = torch.isfinite(tensor)  # a mask may hold infinities of its own

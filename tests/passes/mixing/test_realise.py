@@ -9,11 +9,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from timm.models.mlp_mixer import MlpMixer
 
 import vmkd_fx as vx
 from tests.models import images, small
 from tests.passes.lowering import operators
 from tests.slow import rest_slow
+from vmkd_fx.graph.verify import relative_error
 from vmkd_fx.models import register
 from vmkd_fx.passes.circulant_mixer import CirculantConfig, inject_circulant_mixers
 
@@ -29,6 +31,20 @@ def test_every_circulant_mixer_is_realised(family: str, target: str) -> None:
     assert all("by the cost model" in site.what for site in step.sites)
     assert not [name for name in operators(lowered) if name.startswith("vmkd")]
     torch.testing.assert_close(lowered(images(3)), student(images(3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transforms_run_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    """Half precision is transformed in float32; all passes run in float64, whose name must not stay."""
+    model = MlpMixer(img_size=192, patch_size=4, embed_dim=16, num_blocks=1, num_classes=5)
+    student = inject_circulant_mixers(vx.trace(model), CirculantConfig(groups=4)).eval().to(dtype)
+    lowered = vx.lower(student, "torch")
+    (step,) = [step for step in vx.ledger(lowered).steps if step.name == "circulant"]
+    assert "real-fft" in step.sites[0].what
+    x = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = lowered(x), student(x)
+    assert found.dtype == dtype
+    assert relative_error(expected, found) < 20 * torch.finfo(dtype).eps
 
 
 def test_measured_choices_stand_in_the_ledger() -> None:
