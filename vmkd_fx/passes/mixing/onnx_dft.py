@@ -51,4 +51,9 @@ class OnnxDFT(Realisation):
 
     def cost(self) -> Cost:
         cost = transform_cost(self.problem)
-        return replace(cost, constants=2 * cost.constants, operators=6 + 3 * len(self.problem.grid))
+        return replace(
+            cost,
+            moved=cost.moved + 2 * self.problem.elements,
+            constants=2 * cost.constants,
+            operators=6 + 3 * len(self.problem.grid),
+        )

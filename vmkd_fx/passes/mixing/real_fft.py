@@ -54,7 +54,7 @@ def transform_cost(problem: Problem) -> Cost:
     constants = 2 * (problem.tokens // problem.grid[-1]) * (problem.grid[-1] // 2 + 1) * problem.channels
     return Cost(
         transforms=2 * problem.elements * log2(max(problem.tokens, 2)),
-        moved=constants + 8 * problem.elements,
+        moved=constants + 6 * problem.elements,
         constants=constants,
         operators=3,
     )
