@@ -175,26 +175,6 @@ class BufferWrittenInForward(Net):
         return self.last(h * self.level)
 
 
-class Levelled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("level", torch.ones(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.level.copy_(x.abs().mean() + 0.5)
-        return x / self.level
-
-
-class BufferWrittenUnderTwoPaths(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = Levelled()
-        self.second = self.first
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.last(self.first(self.conv(x))))
-
-
 class PlainTensor(Net):
     """Held by no state dict."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from vmkd_fx.errors import TraceError
@@ -31,15 +32,14 @@ def normal_form(module: TracedModule) -> TracedModule:
     """
     shape, dtype = image_form(module, module.info.need_input_size())
     images = torch.zeros(2, *shape, dtype=dtype, device=reference_tensor(module).device)
+    read = _of_what_is_read(module)
     with _quiet(), evaluating(module), torch.no_grad():
         try:
             program = torch.export.export(
-                _of_what_is_read(module),
-                (images,),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                strict=False,
+                read, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
             if not write_nothing(program.graph):
+                _refuse_two_paths(program, read)
                 program = program.run_decompositions({})  # an empty table: functional, and nothing else
                 _name_batch_norms(program.graph)
         except Exception as error:
@@ -57,6 +57,19 @@ def _of_what_is_read(module: TracedModule) -> GraphModule:
     graph = Graph(tracer_cls=module.graph._tracer_cls)
     graph.output(graph.graph_copy(module.graph, {}))
     return GraphModule(module, graph)
+
+
+def _refuse_two_paths(program: ExportedProgram, module: GraphModule) -> None:
+    """A closed module may still hold what it writes to under two paths."""
+    buffers, tensors = program.graph_signature.inputs_to_buffers, dict(_tensors(module))
+    operands = [node.args[0] for node in program.graph.nodes if writes(node)]
+    for path in (buffers[node.name] for node in operands if isinstance(node, Node) and node.name in buffers):
+        others = [other for other, tensor in tensors.items() if tensor is tensors[path] and other != path]
+        if others:
+            raise TraceError(
+                f"its forward writes to {path}, which is {others[0]} as well, and torch.export follows what "
+                "is written to under one path alone: let one attribute hold the module, and call it twice"
+            )
 
 
 def _over_the_same_parameters(module: TracedModule, exported: nn.Module) -> TracedModule:
