@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
@@ -89,10 +89,12 @@ class Sizes:
 
     def _call(self, node: Node, index: int) -> tuple[str, Any, Any]:
         """The node's arguments for one of the batches, and a text that is the same for the same call."""
+        args: Any
         args, kwargs = (
             map_arg(given, lambda source: source.meta[_HELD][index]) for given in (node.args, node.kwargs)
         )
-        return f"{node.target} {args} {kwargs}", args, kwargs
+        blocks = [_text(given) for given in args if isinstance(given, GraphModule)]
+        return f"{node.target} {args} {kwargs} {blocks}", args, kwargs
 
     def _evaluated(self, node: Node, index: int) -> Any:
         if node.op == "placeholder":
@@ -106,6 +108,12 @@ class Sizes:
                 value = node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
             _remember(_found, key, tree_map_only(torch.Tensor, sized, value))
         return _found[key]
+
+
+def _text(block: GraphModule) -> str:
+    """What a block under autocast does: it prints as its class alone."""
+    codes = [part.code for part in block.modules() if isinstance(part, GraphModule)]
+    return f"{codes} {[sized(tensor) for tensor in block.state_dict().values()]}"
 
 
 def _remember(memory: dict[str, Any], key: str, value: Any) -> None:
