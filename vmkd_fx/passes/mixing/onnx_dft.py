@@ -50,7 +50,7 @@ class OnnxDFT(Realisation):
         return super().fits(kind, version)
 
     def cost(self) -> Cost:
-        cost = transform_cost(self.problem)
+        cost = transform_cost(self.problem, self.problem.channels)
         return replace(
             cost,
             moved=cost.moved + 2 * self.problem.elements,
