@@ -87,6 +87,33 @@ def test_what_was_spared_must_be_spared(tmp_path: Path) -> None:
         hold_to(read, Asked("fp16", (*asked.kept, half)), "TensorRT-RTX")
 
 
+class Recurrent(nn.Module):
+    """Tokens in a row, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 10)
+        self.mlp, self.lstm = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lstm(self.stem(x).flatten(2).transpose(1, 2))[0]
+        return self.head(torch.tanh(self.mlp(x)).mean(1))
+
+
+@pytest.mark.engine
+@needs_builder
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_the_parser_makes_of_a_recurrent_layer_is_spared(precision: str, tmp_path: Path) -> None:
+    """It names only some of the layers of its loop."""
+    graph = vx.lower(vx.trace(Recurrent().eval(), input_size=(3, 32, 32)), "tensorrt-rtx")
+    _, asked = write_in(graph, tmp_path / "m.onnx", precision, images(), rest="fp16")
+    assert any("lstm" in name for name in asked.kept)
+    read = layers(tmp_path / "m.onnx")
+    products = [layer for layer in read if "lstm" in layer.node and layer.kind == "MATRIX_MULTIPLY"]
+    assert len(products) == 2 and {layer.dtype for layer in products} == {"FLOAT"}
+    assert "read back as" in hold_to(read, asked, "TensorRT-RTX")
+
+
 @pytest.mark.parametrize(
     ("operands", "says"),
     [(("INT8", ""), "FLOAT of INT8/not quantised operands, not INT8"), (("", ""), "is FLOAT, not INT8")],

@@ -82,7 +82,7 @@ def quantise(
     if not chosen:
         raise ExportError(
             f"{source}: none of its {len(products)} matrix products and convolutions is quantised: "
-            "each is the first, the last or of two computed values; deploy it in fp16"
+            "each is the first, the last, recurrent or of two computed values; deploy it in fp16"
         )
     with drafting(out) as folder:
         with tempfile.TemporaryDirectory() as scratch, _quiet():

@@ -10,7 +10,8 @@ from vmkd_fx import __version__
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+RECURRENT = ("LSTM", "GRU", "RNN")
+OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def products_of(proto: ModelProto) -> list[Product]:
     for node in nodes:
         weights = [name for name in node.input[:2] if name in constants]
         reason = ""
-        if node.name in first:
+        if node.op_type in RECURRENT:
+            reason = "a recurrent layer"
+        elif node.name in first:
             reason = "the first layer"
         elif node.name in last:
             reason = "the last layer"
@@ -85,7 +88,8 @@ def products_in_single(proto: ModelProto) -> tuple[str, ...]:
     return tuple(
         node.name
         for node in proto.graph.node
-        if node.op_type in (*OPERATORS, "Einsum") and types.get(node.output[0]) == TensorProto.FLOAT
+        if node.op_type in (*OPERATORS, "Einsum")
+        and any(types.get(name) == TensorProto.FLOAT for name in node.output)
     )
 
 

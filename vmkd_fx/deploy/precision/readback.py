@@ -29,7 +29,7 @@ class Layer:
     """A layer of a parsed network.
 
     Attributes:
-        node: the ONNX node it was made for, or its own name.
+        node: the ONNX node it was made for.
         kind: its type, as in "MATRIX_MULTIPLY".
         dtype: of its first output, as in "HALF".
         operands: of each input, the type that it was dequantised from; "" where it was not.
@@ -45,11 +45,13 @@ def read_layers(network: Any) -> list[Layer]:
     """The layers of a TensorRT or TensorRT-RTX network, in order."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     made = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
-    return [
-        Layer(_node(layer), layer.type.name, layer.get_output(0).dtype.name, _operands(layer, made))
-        for layer in layers
-        if layer.num_outputs
-    ]
+    found, node = [], ""
+    for layer in layers:
+        node = _node(layer) or node  # the parser names not all that it makes for an LSTM, one after the other
+        if layer.num_outputs:
+            dtype = layer.get_output(0).dtype.name
+            found.append(Layer(node or layer.name, layer.type.name, dtype, _operands(layer, made)))
+    return found
 
 
 def hold_to(layers: Sequence[Layer], asked: Asked, builder: str) -> str:
@@ -119,7 +121,7 @@ def _words(layer: Layer) -> str:
 
 def _node(layer: Any) -> str:
     found = re.search(r"\[ONNX Layer: (.+?)\]", getattr(layer, "metadata", "") or "")
-    return found.group(1) if found else str(layer.name)
+    return found.group(1) if found else ""
 
 
 def _operands(layer: Any, made: dict[str, Any]) -> tuple[str, ...]:
