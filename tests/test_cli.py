@@ -359,11 +359,11 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_full_disk_behind_standard_output() -> None:
-    command = [sys.executable, "-m", "vmkd_fx", "inspect", "test_vit"]
+    command = [sys.executable, "-m", "vmkd_fx", "recipes"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr == "vmkd inspect: No space left on device\n"
+    assert done.stderr == "vmkd recipes: No space left on device\n"
 
 
 @pytest.mark.parametrize("arguments", [("demo", "--seed", "-1"), ("run", "b", "x.png", "--top", "0")])

@@ -87,7 +87,8 @@ def test_uint8_images_are_what_training_saw(tmp_path: Path) -> None:
     from vmkd_fx.distill.data import open_data
 
     data = open_data("digits", labelled=40, image_size=32)
-    card = Card("mixer_nano_32", {}, (), data.input_size, data.mean, data.std, data.labels)
+    options = {"num_blocks": 2, "embed_dim": 24}
+    card = Card("mixer_nano_32", options, (), data.input_size, data.mean, data.std, data.labels)
     model = randomise_(card.create()).eval()
     run = vx.load(vx.deploy(model, tmp_path / "b"), device="cpu")
     x = next(iter(data.validation_batches())).images
