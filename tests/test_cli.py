@@ -301,7 +301,7 @@ def test_wrong_names(
             "knows 7 classes",
         ),
         ({"method": "std"}, "needs a teacher"),
-        ({"student": {"model": "mixer_nano_32"}}, "Input height (16) doesn't match model (32)"),
+        ({"student": {"model": "mixer_nano_32"}}, "made for images of 32 x 32: data.image_size=32"),
         (
             {"method": "std", "teachers": [{"model": "test_resnet", "options": {"num_classes": 7}}]},
             "test_resnet knows 7 classes and student mixer_nano_32 10",

@@ -88,6 +88,13 @@ def test_overrides(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_on_the_command_line_is_data_like_any_other(tmp_path: Path) -> None:
+    plain, given = write(tmp_path, PLAIN), ["data=/images", "data.image_size=64", "data.workers=2"]
+    data = load_recipe(plain, given).data
+    assert (data.name, data.root, data.image_size, data.workers) == ("folder", "/images", 64, 2)
+    assert load_recipe(plain, ["data=/images", "data=/others"]).data.root == "/others"
+
+
 def test_override_inside_a_list(tmp_path: Path) -> None:
     text = refusal(
         tmp_path, PLAIN + "method: x\nteachers:\n - {model: test_vit}\n", "teachers.0.model=test_vti"

@@ -20,6 +20,7 @@ from vmkd_fx.distill.training.memory import estimate
 from vmkd_fx.distill.training.world import World, joined_world
 from vmkd_fx.distill.wrap import wrap
 from vmkd_fx.errors import ModelError
+from vmkd_fx.graph.info import model_info
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.passes.injections import edits_of
@@ -92,7 +93,17 @@ def _create(config: ModelConfig, data: ImageData) -> nn.Module:
 
 
 def _check_classes(name: str, student: nn.Module, data: ImageData) -> None:
-    count = class_count(student, data.input_size)
+    try:
+        count = class_count(student, data.input_size)
+    except ModelError as error:
+        own = model_info(student).input_size
+        if own is None or own == data.input_size:
+            raise
+        raise ModelError(
+            f"student {name} was made for images of {own[1]} x {own[2]}: data.image_size={own[1]} gives it "
+            f"such images, and for many models student.options.img_size={data.input_size[1]} makes another "
+            f"of it ({error})"
+        ) from error
     if count != data.num_classes:
         raise ModelError(
             f"student {name} knows {count} classes and the data set {data.name} has {data.num_classes}; "

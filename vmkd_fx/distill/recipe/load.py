@@ -26,14 +26,23 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise RecipeError(
             f"{source.where(())}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
         )
+    source = _spelled_out(source)
     for assignment in overrides:
-        source = override(source, _in_full(assignment, source))
+        source = _spelled_out(override(source, _in_full(assignment, source)))
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from error
     check_names(recipe, source)
     return recipe
+
+
+def _spelled_out(source: Source) -> Source:
+    """`data: FOLDER` as the mapping that it stands for, of which an override may change a part."""
+    folder = source.data.get("data")
+    if not isinstance(folder, str):
+        return source
+    return Source({**source.data, "data": {"name": "folder", "root": folder}}, source.places)
 
 
 def _in_full(assignment: str, source: Source) -> str:
