@@ -96,6 +96,19 @@ def test_the_picture(runs: list[Path], kind: str, tmp_path: Path) -> None:
 
 
 @drawing
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_far_below_leaves_the_picture_whole(tmp_path: Path) -> None:
+    before = {
+        "event": "validation",
+        "step": 0,
+        "accuracy": 0.1,
+        "teachers": [{"model": "t", "accuracy": 0.2}],
+    }
+    draw(read_runs([write(tmp_path / "run", [before, *lines(3)])])[0], tmp_path / "curves.svg")
+    assert "<!-- teacher t -->" not in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+
+
+@drawing
 def test_a_training_that_runs_is_drawn_in_steps(tmp_path: Path) -> None:
     folder = write(tmp_path / "young", lines(1)[:5], tail='{"event": "step", "st')
     (run,), _ = read_runs([folder])

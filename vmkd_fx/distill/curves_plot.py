@@ -95,7 +95,8 @@ def _draw_panel(axes: Any, panel: str, runs: Sequence[Run], in_epochs: bool, rig
     if panel == "accuracy":
         axes.set_ylim(bottom=_late_low(runs, in_epochs, right, axes.get_ylim()))
     _dress(axes, _title(panel, runs), "epochs" if in_epochs else "steps")
-    _name(axes, ends)
+    low, high = axes.get_ylim()
+    _name(axes, [end for end in ends if low <= end[0] <= high])  # a teacher far below is not in the picture
 
 
 def _late_low(runs: Sequence[Run], in_epochs: bool, right: float, shown: tuple[float, float]) -> float:
