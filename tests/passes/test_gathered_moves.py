@@ -65,6 +65,23 @@ class Repeated(Moved):
         return heads.reshape(-1, 3 * HEADS * WIDTH, *PLACES)
 
 
+class Windowed(Moved):
+    """A map padded to whole windows of 3 x 3, as in TinyViT and Swin."""
+
+    number = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(4 * 9 * 8)
+
+    def move(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 2, 0, 2), value=self.number)
+        return padded.reshape(-1, 2, 3, 2, 3, 8).transpose(2, 3).reshape(-1, 9, 8).reshape(-1, 4 * 9, 8)
+
+
+class PaddedWithTwo(Windowed):
+    number = 2.0
+
+
 class Padded(Moved):
     def __init__(self) -> None:
         super().__init__(8 * 36)
@@ -84,7 +101,7 @@ class OfOthers(Moved):
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize(("make", "gathers"), [(Relative, 2), (Reflected, 1), (Repeated, 1)])
+@pytest.mark.parametrize(("make", "gathers"), [(Relative, 2), (Reflected, 1), (Repeated, 1), (Windowed, 1)])
 def test_each_chain_is_one_gather(make: type[Moved], gathers: int, target: str) -> None:
     error, module, record = lowered_by(make(), VIEWS, GATHERED_MOVES, target=target)
     assert error < 1e-14  # the layout in memory, and so the order of sums, is another
@@ -95,13 +112,13 @@ def test_each_chain_is_one_gather(make: type[Moved], gathers: int, target: str) 
     assert not lowered_by(make(), VIEWS, GATHERED_MOVES, GATHERED_MOVES, target=target)[2].sites
 
 
-@pytest.mark.parametrize(("make", "move"), [(Padded, "pad"), (OfOthers, "expand")])
+@pytest.mark.parametrize(("make", "move"), [(Padded, "pad"), (PaddedWithTwo, "pad"), (OfOthers, "expand")])
 def test_what_is_read_from_elsewhere_stays(make: type[Moved], move: str) -> None:
     error, module, record = lowered_by(make(), VIEWS, GATHERED_MOVES, target="tensorrt-rtx")
     assert error == 0
     assert operators(module)[move] == 1 and not record.sites
     reasons = [refusal.reason for refusal in record.refusals.values()]
-    assert reasons == ["it reads numbers of no image, or of another"]
+    assert reasons == ["it reads another image, or pads numbers that are no rows"]
 
 
 @pytest.mark.parametrize("target", ["torch", "onnxruntime"])
@@ -118,6 +135,15 @@ def test_heads_share_their_places_and_rows_lie_together() -> None:
     assert [value.tolist() for value in module.buffers()] == [[0, 0, 0]]
 
 
+def test_zeros_stay_zeros_beside_what_is_not_finite() -> None:
+    _, module, _ = lowered_by(Windowed(), VIEWS, GATHERED_MOVES, target="tensorrt-rtx")
+    assert operators(module)["masked_fill"] == 1
+    fill = next(node for node in module.graph.nodes if node.target is torch.ops.aten.masked_fill.Scalar)
+    empty = module.get_buffer(fill.args[1].target)
+    filled = fill.target(torch.full((2, 4 * 9, 8), torch.inf), empty, *fill.args[2:])
+    assert filled.isfinite().sum() == 2 * 8 * (4 * 9 - 16)
+
+
 @pytest.mark.parametrize(
     ("places", "count", "rows", "length"),
     [
@@ -126,6 +152,10 @@ def test_heads_share_their_places_and_rows_lie_together() -> None:
         ([1, 2], 4, [1, 2], 1),
         ([0, 0, 1, 1, 2, 2], 3, [0, 0], 1),
         ([3, 0], 4, [3, 0], 1),
+        ([2, 3, -1, -1, 0, 1], 4, [1, -1, 0], 2),
+        ([0, -1, 2, -1], 4, [0, -1], 1),
+        ([-1, 0, -1, 1], 2, [-1, 0], 1),
+        ([-1, -1, 1, 2], 4, [-1, -1, 1, 2], 1),
     ],
 )
 def test_the_fewest_rows(places: list[int], count: int, rows: list[int], length: int) -> None:
@@ -133,14 +163,17 @@ def test_the_fewest_rows(places: list[int], count: int, rows: list[int], length:
     assert (gather.rows.tolist(), gather.length) == (rows, length)
     values = torch.randn(3, count)
     found = values.reshape(-1, gather.count, length)[:, gather.rows].reshape(3, -1)
-    assert torch.equal(found, values[:, places])
+    expected = values[:, places].masked_fill(torch.tensor(places) < 0, 0)
+    empty = gather.empty.repeat_interleave(length).repeat(expected.shape[1] // (len(gather.rows) * length))
+    assert torch.equal(found.masked_fill(empty, 0), expected)
 
 
 @needs_builder
 @pytest.mark.engine
-def test_a_dynamic_batch_costs_tensorrt_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [Relative, Windowed])
+def test_a_dynamic_batch_costs_tensorrt_nothing(make: type[Moved], tmp_path: Path) -> None:
     """Each padding left would be eight layers more than for a fixed batch."""
-    _, module, _ = lowered_by(Relative(), VIEWS, GATHERED_MOVES, GATHERED_PIECES, target="tensorrt-rtx")
+    _, module, _ = lowered_by(make(), VIEWS, GATHERED_MOVES, GATHERED_PIECES, target="tensorrt-rtx")
     export(module.float(), tmp_path / "m.onnx", input_size=(3, 32, 32))
     one = with_batch(tmp_path / "m.onnx", 1, tmp_path / "one.onnx")
     assert Network("tensorrt-rtx", tmp_path / "m.onnx").layers == Network("tensorrt-rtx", one).layers

@@ -3,10 +3,14 @@
     x (.., W, 2 W - 1): pad, flatten, pad, reshape, slice, expand        relative to absolute positions
     = reshape, gather by constants, reshape
 
-Such a chain only says where each number of its result comes from, so it is run on the places themselves.
-Where no padding is left in the result, they are one list for every image, or for every head of it. Where the
-batch is dynamic, TensorRT's parser works out the shapes of paddings and expansions in layers of arithmetic,
-and a gather needs none. The same numbers move.
+    x (.., H, W, C): pad the map with zeros to whole windows
+    = reshape, gather by constants, zeros where nothing was, reshape
+
+Such a chain only says where each number of its result comes from, so it is run on the places themselves:
+they are one list for every image, or for every head of it. Where the batch is dynamic, TensorRT's parser
+works out the shapes of paddings and expansions in layers of arithmetic, and a gather needs none. The same
+numbers move. Zeros that are left in the result have to be whole rows of numbers, as tokens are: a map whose
+every number would be looked up alone is better padded.
 """
 
 from __future__ import annotations
@@ -24,29 +28,47 @@ from vmkd_fx.target import ENGINE_KINDS
 
 aten = torch.ops.aten
 
+NOTHING = -1
+
 
 @dataclass(frozen=True)
 class Gather:
-    """Which `rows` of a value seen as (any, count, length) the result consists of, in its order."""
+    """Which `rows` of a value seen as (any, count, length) the result consists of, in its order.
+
+    A row of `NOTHING` is one of zeros.
+    """
 
     rows: torch.Tensor
     count: int
     length: int
 
+    @property
+    def empty(self) -> torch.Tensor:
+        """Which rows are zeros."""
+        return self.rows == NOTHING
+
 
 def gather_of(places: torch.Tensor, count: int) -> Gather:
     """The gather that takes `places` (M,) from `count` numbers, over and over, with the fewest rows."""
     for parts in _divisors(count, len(places)):
-        part = places.reshape(parts, -1) - torch.arange(0, count, count // parts).unsqueeze(1)
-        if bool((part == part[0]).all()) and 0 <= int(part.min()) <= int(part.max()) < count // parts:
+        of_all = places.reshape(parts, -1)
+        part = _shifted(of_all, -torch.arange(0, count, count // parts).unsqueeze(1))
+        alike = (part == part[0]) & (part.eq(NOTHING) == of_all.eq(NOTHING))
+        if bool(alike.all()) and int(part.max()) < count // parts:
             places, count = part[0], count // parts
             break
     for length in _divisors(count, len(places)):
         runs = places.reshape(-1, length)
         begin = runs[:, :1]
-        if bool((runs == begin + torch.arange(length)).all()) and not bool((begin % length).any()):
+        whole = begin.eq(NOTHING) | (begin % length).eq(0)
+        if bool((runs == _shifted(begin, torch.arange(length))).all()) and bool(whole.all()):
             break
-    return Gather(begin.flatten() // length, count // length, length)
+    rows = begin.flatten().div(length, rounding_mode="floor")
+    return Gather(rows, count // length, length)
+
+
+def _shifted(places: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return torch.where(places == NOTHING, NOTHING, places + by)
 
 
 def gather_moves(rewrite: Rewrite) -> None:
@@ -61,7 +83,7 @@ def gather_moves(rewrite: Rewrite) -> None:
         ways = (_way(rewrite, chain[start:]) for start in range(begin + 1))
         found = next((way for way in ways if way is not None), None)
         if found is None:
-            rewrite.refuse(node, "it reads numbers of no image, or of another")
+            rewrite.refuse(node, "it reads another image, or pads numbers that are no rows")
         elif rewrite.take(chain[-1], f"{len(chain)} movements as a gather"):
             _write(rewrite, chain[-1], *found)
 
@@ -92,13 +114,15 @@ def _way(rewrite: Rewrite, chain: list[Node]) -> tuple[Node, Gather] | None:
     if any(len(node.all_input_nodes) > 1 for node in chain):
         return None
     shape = rewrite.shape(source)  # of two images
-    places = torch.arange(prod(shape), dtype=torch.float64).reshape(shape)
+    places = torch.arange(prod(shape), dtype=torch.float64).reshape(shape) - NOTHING
     count = places.numel() // 2
     for node in chain:
         places = node.target(places.contiguous(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    one, other = places.reshape(2, -1).long()
-    # What a padding puts there is the same for both images, and so is what all take from one.
-    return (source, gather_of(one, count)) if torch.equal(one + count, other) else None
+    one, other = places.reshape(2, -1).long() + NOTHING  # a padding with zeros puts nothing there
+    if not torch.equal(_shifted(one, torch.tensor(count)), other):
+        return None  # it takes from one image for both, or pads with another number
+    gather = gather_of(one, count)
+    return (source, gather) if gather.length > 1 or not gather.empty.any() else None
 
 
 def _write(rewrite: Rewrite, node: Node, source: Node, gather: Gather) -> None:
@@ -106,7 +130,10 @@ def _write(rewrite: Rewrite, node: Node, source: Node, gather: Gather) -> None:
     into = [-1, gather.count] + [gather.length] * (gather.length > 1)
     out_of = [-1 if axis == batched else length for axis, length in enumerate(rewrite.shape(node))]
     value = rewrite.call(aten.reshape.default, source, into)
-    value = rewrite.call(aten.index_select.default, value, 1, rewrite.put(gather.rows.int()))
+    rows = rewrite.put(gather.rows.clamp(min=0).int())
+    value = rewrite.call(aten.index_select.default, value, 1, rows)
+    if gather.empty.any():
+        value = rewrite.call(aten.masked_fill.Scalar, value, rewrite.put(gather.empty.unsqueeze(1)), 0.0)
     rewrite.replace(node, rewrite.call(aten.reshape.default, value, out_of))
 
 
