@@ -46,3 +46,21 @@ def test_other_poolings_stay(places: int, target: str) -> None:
     error, module, record = lowered_by(Pooled(places), MEANS, target=target, size=SIZE)
     assert error < 1e-12
     assert not record.sites and operators(module)["adaptive_avg_pool2d"] == 1
+
+
+class AveragedInFloat(nn.Module):
+    """An average that is taken in float32 whatever the model's own precision is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.stem(x).permute(0, 2, 3, 1).mean((1, 2), dtype=torch.float32)
+        return self.head(mean.to(self.head.weight.dtype))
+
+
+def test_an_average_in_another_precision_stays() -> None:
+    _, module, record = lowered_by(AveragedInFloat(), MEANS, size=SIZE)
+    assert [refusal.reason for refusal in record.refusals.values()] == ["it casts as well"]
+    assert operators(module)["permute"] == 1

@@ -32,6 +32,9 @@ def average_first(rewrite: Rewrite) -> None:
             if pooling and rewrite.take(node, "poolings to one place as averages"):
                 rewrite.replace(node, rewrite.call(aten.mean.dim, permute, axes, True))
             continue
+        if argument(node, "dtype") is not None:
+            rewrite.refuse(node, "it casts as well")
+            continue
         order = permutation(permute, len(rewrite.shape(permute)))
         left = [place for axis, place in enumerate(order) if axis not in axes]
         if left != sorted(left):
@@ -52,8 +55,7 @@ def _axes(rewrite: Rewrite, node: Node) -> list[int]:
 
 
 def _write(rewrite: Rewrite, node: Node, source: Node, axes: list[int]) -> None:
-    dtype = argument(node, "dtype") if is_call(node, aten.mean) else None
-    value = rewrite.call(aten.mean.dim, source, axes, False, **({} if dtype is None else {"dtype": dtype}))
+    value = rewrite.call(aten.mean.dim, source, axes)
     if len(rewrite.shape(node)) == len(rewrite.shape(source)):
         batch = rewrite.batched(node)
         shape = [-1 if axis == batch else edge for axis, edge in enumerate(rewrite.shape(node))]
