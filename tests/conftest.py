@@ -21,3 +21,8 @@ def _what_is_imported_stays() -> None:
 def _translations_are_read_once() -> None:
     """Each ONNX export reads the source of some 500 translations of operators, the same each time."""
     torch_2_5.get_torchlib_ops = functools.cache(torch_2_5.get_torchlib_ops)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: "test_demo.py" not in item.nodeid)
