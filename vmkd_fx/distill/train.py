@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from vmkd_fx.distill.card import KEY, create_model, make_card
-from vmkd_fx.distill.data import ImageData, open_data
+from vmkd_fx.distill.data import ImageData, Images, open_data
 from vmkd_fx.distill.methods import resolve
 from vmkd_fx.distill.recipe import ModelConfig, Recipe
 from vmkd_fx.distill.recipe_teachers import recipe_teachers
@@ -24,6 +25,8 @@ from vmkd_fx.graph.info import model_info
 from vmkd_fx.graph.shapes import class_count
 from vmkd_fx.graph.trace import trace
 from vmkd_fx.passes.injections import edits_of
+
+_logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> TrainResult:
@@ -75,7 +78,9 @@ def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
     Raises:
         ModelError: student or teachers know other classes than the data, or take images of another size.
     """
-    student = make_card(recipe, data).dress(_create(recipe.student, data))
+    student = _create(recipe.student, data)
+    _say_if_normalised_otherwise(recipe.student, student, data)
+    student = make_card(recipe, data).dress(student)
     _check_classes(recipe.student.model, student, data)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.train.label_smoothing)
     if not recipe.method:
@@ -90,6 +95,21 @@ def make_task(recipe: Recipe, data: ImageData) -> TrainingTask:
 def _create(config: ModelConfig, data: ImageData) -> nn.Module:
     options = {"num_classes": data.num_classes, **config.options}
     return create_model(config.model_copy(update={"options": options}))
+
+
+def _say_if_normalised_otherwise(config: ModelConfig, student: nn.Module, data: ImageData) -> None:
+    """A word where a student begins with weights that learned from images of another mean and deviation."""
+    own = model_info(student)
+    begins_trained = config.checkpoint is not None or config.options.get("pretrained")
+    if begins_trained and isinstance(data, Images) and (own.mean, own.std) != (data.mean, data.std):
+        mean, std, other_mean, other_std = (
+            ",".join(f"{value:g}" for value in values) for values in (own.mean, own.std, data.mean, data.std)
+        )
+        _logger.warning(
+            f"student {config.model} begins with weights that know images of mean {mean} and std {std}, and "
+            f"the data gives mean {other_mean} and std {other_std}: data.mean=[{mean}] data.std=[{std}] "
+            "gives what they know"
+        )
 
 
 def _check_classes(name: str, student: nn.Module, data: ImageData) -> None:
