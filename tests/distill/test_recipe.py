@@ -187,6 +187,8 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> N
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read .*none\.yaml: No such file"):
         load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="the recipe's file stands before what changes it"):
+        load_recipe("train.epochs=3", ["train.lr=0.1"])
     (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(RecipeError, match="not UTF-8"):
         load_recipe(tmp_path / "binary.yaml")

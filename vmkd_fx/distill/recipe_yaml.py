@@ -60,7 +60,8 @@ def read(path: str | os.PathLike[str]) -> Source:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+        hint = "; the recipe's file stands before what changes it" if "=" in str(path) else ""
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}{hint}") from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{path} is larger than {MAX_BYTES} bytes: this is no recipe")
     try:
