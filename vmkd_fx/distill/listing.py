@@ -67,8 +67,9 @@ def meanings(kind: type[Any]) -> dict[str, str]:
     """What the docstrings of a class and of those it is made of say about each attribute."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        text = (base.__dict__.get("__doc__") or "").partition("Attributes:")[2]
-        entries = re.split(r"\n {8}(?=\w)", text)
+        # Python 3.13 takes the indentation away that all lines share, earlier ones leave it there.
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:")[2]
+        entries = re.split(r"\n {4}(?=\w)", text)
         for entry in entries:
             names, colon, meaning = entry.partition(": ")
             if colon:
