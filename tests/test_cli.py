@@ -340,6 +340,7 @@ def test_a_place_that_cannot_be_written(
     (folder / "file").touch()
     assert "cannot write" in refused(capsys, "deploy", str(trained), "--out", "file/bundle")
     assert "cannot write" in refused(capsys, "train", "r.yaml", "out=file/run")
+    assert "cannot write" in refused(capsys, "lower", "no_such_model", "--onnx", "file/m.onnx")
 
 
 def test_weights_that_are_no_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

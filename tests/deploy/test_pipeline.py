@@ -105,6 +105,9 @@ def test_it_refuses_before_it_works(tmp_path: Path) -> None:
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(OutputError, match="full"):
         vx.deploy(model, tmp_path / "full")
+    no_model = torch.nn.Identity()  # whose lowering is refused
+    with pytest.raises(OutputError, match=r"notes\.txt is no folder"):
+        vx.deploy(no_model, tmp_path / "full" / "notes.txt" / "b")
     with pytest.raises(ModelError, match="knows 10 classes, and 3 labels were given"):
         vx.deploy(model, tmp_path / "b", labels=["a", "b", "c"])
     assert not (tmp_path / "b").exists()
