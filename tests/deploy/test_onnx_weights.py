@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from torch import nn
 
@@ -69,6 +70,17 @@ def test_a_bundle_takes_them_along(
     np.testing.assert_array_equal(load(path, device="cpu")(images), reference(images))
     with bundle.unpacked() as folder:
         assert (folder / DATA).read_bytes() == (split[0].parent / DATA).read_bytes()
+
+
+def test_an_older_runtime_reads_them_from_a_folder(
+    split: tuple[Path, Step], preprocess: Preprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime 1.23, the last for Python 3.10; the folder is gone when the first image comes."""
+    path = bundled(split[0], tmp_path / "bundle.vmkd", preprocess)
+    images = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+    expected = load(path, device="cpu")(images)
+    monkeypatch.delattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory", False)
+    np.testing.assert_array_equal(load(path, device="cpu")(images), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,6 +14,13 @@ from vmkd_fx.extras import require
 from vmkd_fx.target import Profile
 
 _ANY = Profile(1, 8, 32)
+_GIVE = "add_external_initializers_from_files_in_memory"
+
+
+def takes_weights_from_memory() -> bool:
+    """Whether ONNX Runtime does, for a graph whose weights lie beside it: so it is from 1.24 on."""
+    runtime = require("onnxruntime", "onnxruntime", "running an ONNX graph")
+    return hasattr(runtime.SessionOptions, _GIVE)
 
 
 class OnnxBackend:
@@ -39,7 +46,8 @@ class OnnxBackend:
         Args:
             onnx: the file, or its contents.
             threads: that one batch is computed with; default: one a core.
-            weights: contents of the files of external data, for a graph that is given by its contents.
+            weights: contents of the files of external data, for a graph that is given by its contents and
+                where `takes_weights_from_memory`.
             spin: threads without work wait busily, which is faster and takes the core from everything else.
 
         Raises:
@@ -55,7 +63,8 @@ class OnnxBackend:
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if weights:
-            self._give(options, weights)
+            give = getattr(options, _GIVE)
+            give(list(weights), list(weights.values()), [len(data) for data in weights.values()])
         try:
             self._session = runtime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -70,12 +79,3 @@ class OnnxBackend:
         """Logits (B, classes) of a batch of the graph's own input."""
         logits: NDArray[np.float32] = self._session.run(["logits"], {"images": images})[0]
         return logits
-
-    def _give(self, options: Any, weights: Mapping[str, bytes]) -> None:
-        give = getattr(options, "add_external_initializers_from_files_in_memory", None)
-        if give is None:
-            raise BundleError(
-                f"{self.name} reads the weights of a large graph from a folder only: unpack the bundle with "
-                "tar xf, or install ONNX Runtime 1.24 or later"
-            )
-        give(list(weights), list(weights.values()), [len(data) for data in weights.values()])

@@ -20,7 +20,7 @@ from vmkd_fx.deploy.bundle import Bundle, read_bundle_and_graph
 from vmkd_fx.deploy.inputs import ImageSource, model_input
 from vmkd_fx.deploy.latency import Latencies, Recorder
 from vmkd_fx.deploy.manifest import ONNX
-from vmkd_fx.deploy.onnx_backend import OnnxBackend
+from vmkd_fx.deploy.onnx_backend import OnnxBackend, takes_weights_from_memory
 from vmkd_fx.errors import BuildError, BundleError, DataError, MissingExtraError, UnknownNameError, VmkdError
 from vmkd_fx.target import Profile
 
@@ -167,14 +167,15 @@ def load(
 
 
 def _onnx(bundle: Bundle, graph: bytes, threads: int | None, spin: bool) -> OnnxBackend:
-    """ONNX Runtime with the graph that was checked; large weights it reads from the folder itself."""
+    """ONNX Runtime with the graph that was checked; large weights it reads from a folder, or from memory."""
     try:
         if not bundle.manifest.weights:
             return OnnxBackend(graph, threads=threads, spin=spin)
-        if not bundle.packed:
-            return OnnxBackend(bundle.path / ONNX, threads=threads, spin=spin)
-        weights = {name: bundle.read(name) for name in bundle.manifest.weights}
-        return OnnxBackend(graph, threads=threads, weights=weights, spin=spin)
+        if bundle.packed and takes_weights_from_memory():
+            weights = {name: bundle.read(name) for name in bundle.manifest.weights}
+            return OnnxBackend(graph, threads=threads, weights=weights, spin=spin)
+        with bundle.unpacked() as folder:
+            return OnnxBackend(folder / ONNX, threads=threads, spin=spin)
     except BundleError as error:
         raise BundleError(f"{bundle.path}: {error}") from error
 
