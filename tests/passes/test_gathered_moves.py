@@ -82,6 +82,10 @@ class PaddedWithTwo(Windowed):
     number = 2.0
 
 
+class PaddedWithHalf(Windowed):
+    number = 0.5
+
+
 class Padded(Moved):
     def __init__(self) -> None:
         super().__init__(8 * 36)
@@ -112,7 +116,9 @@ def test_each_chain_is_one_gather(make: type[Moved], gathers: int, target: str) 
     assert not lowered_by(make(), VIEWS, GATHERED_MOVES, GATHERED_MOVES, target=target)[2].sites
 
 
-@pytest.mark.parametrize(("make", "move"), [(Padded, "pad"), (PaddedWithTwo, "pad"), (OfOthers, "expand")])
+@pytest.mark.parametrize(
+    ("make", "move"), [(Padded, "pad"), (PaddedWithTwo, "pad"), (PaddedWithHalf, "pad"), (OfOthers, "expand")]
+)
 def test_what_is_read_from_elsewhere_stays(make: type[Moved], move: str) -> None:
     error, module, record = lowered_by(make(), VIEWS, GATHERED_MOVES, target="tensorrt-rtx")
     assert error == 0

@@ -118,10 +118,10 @@ def _way(rewrite: Rewrite, chain: list[Node]) -> tuple[Node, Gather] | None:
     count = places.numel() // 2
     for node in chain:
         places = node.target(places.contiguous(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    one, other = places.reshape(2, -1).long() + NOTHING  # a padding with zeros puts nothing there
+    one, other = places.reshape(2, -1) + NOTHING  # a padding with zeros puts nothing there
     if not torch.equal(_shifted(one, torch.tensor(count)), other):
         return None  # it takes from one image for both, or pads with another number
-    gather = gather_of(one, count)
+    gather = gather_of(one.long(), count)
     return (source, gather) if gather.length > 1 or not gather.empty.any() else None
 
 
