@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -115,3 +115,8 @@ class DataConfig(Section):
         if self.name in ("folder", "wds") and self.root is None:
             raise ValueError(f"the data set {self.name} needs root, the folder of its images")
         return self
+
+
+def as_data(value: Any) -> Any:
+    """The section that a folder alone stands for; all else as it is."""
+    return {"name": "folder", "root": value} if isinstance(value, str) else value

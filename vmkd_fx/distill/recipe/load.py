@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from vmkd_fx.distill.recipe.data import as_data
 from vmkd_fx.distill.recipe.names import check_names
 from vmkd_fx.distill.recipe.whole import Recipe
 from vmkd_fx.distill.recipe_yaml import Keys, Source, dotted, override, read
@@ -39,10 +40,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 def _spelled_out(source: Source) -> Source:
     """`data: FOLDER` as the mapping that it stands for, of which an override may change a part."""
-    folder = source.data.get("data")
-    if not isinstance(folder, str):
+    if "data" not in source.data:
         return source
-    return Source({**source.data, "data": {"name": "folder", "root": folder}}, source.places)
+    return Source({**source.data, "data": as_data(source.data["data"])}, source.places)
 
 
 def _in_full(assignment: str, source: Source) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from vmkd_fx.distill.recipe.data import DataConfig
+from vmkd_fx.distill.recipe.data import DataConfig, as_data
 from vmkd_fx.distill.recipe.method import MethodConfig, as_list
 from vmkd_fx.distill.recipe.models import ModelConfig, TeacherConfig
 from vmkd_fx.distill.recipe.section import Section
@@ -37,7 +37,7 @@ class Recipe(Section):
     @field_validator("data", mode="before")
     @classmethod
     def _folder(cls, value: Any) -> Any:
-        return {"name": "folder", "root": value} if isinstance(value, str) else value
+        return as_data(value)
 
     @model_validator(mode="after")
     def _teachers_are_used(self) -> Recipe:
